@@ -1,0 +1,1 @@
+//! What a tape runs on.

@@ -1,0 +1,1 @@
+//! The four BI-RADS-like features and the malignancy prior.

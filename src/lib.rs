@@ -1,0 +1,13 @@
+//! echograd: multi-task breast-ultrasound training in Rust.
+#![warn(missing_docs)]
+
+pub mod data;
+pub mod device;
+pub mod error;
+pub mod features;
+pub mod metrics;
+pub mod ops;
+pub mod tape;
+pub mod tensor;
+
+pub use error::{Error, Result};

@@ -1,0 +1,3 @@
+//! The `echograd` program.
+
+fn main() {}
