@@ -1,1 +1,3 @@
 //! What a tape runs on.
+
+pub mod philox;
