@@ -5,6 +5,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod features;
+pub mod gradcheck;
 pub mod metrics;
 pub mod ops;
 pub mod tape;

@@ -1,3 +1,3 @@
 //! What a tape runs on.
 
-pub mod philox;
+pub mod cpu;

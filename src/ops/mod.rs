@@ -1,1 +1,114 @@
 //! The operations, one room each.
+//!
+//! A room holds what an operation is (its shape rule and cost), its CPU kernel, how its gradient is
+//! recorded, and its random test cases. To add one: write a struct that implements [`Op`] and
+//! [`Kernel`], give it a `cases` function, and add its line to [`registry`]; the gradient checks,
+//! the benchmarks and the program's `gradcheck` find it there.
+//!
+//! The rule for a kernel: it reads its inputs, writes *every* element of its outputs (the arena is
+//! not cleared between steps), allocates nothing, and gives the same bits at any number of threads:
+//! work is split into pieces of fixed size and partial sums are added in a fixed order.
+
+pub mod pointwise;
+
+use std::fmt::Debug;
+
+use crate::device::cpu::Io;
+use crate::error::{Error, Result};
+use crate::gradcheck::{Case, Sampler};
+use crate::tape::Backward;
+use crate::tensor::Shape;
+
+/// The CPU code of an operation for elements of type `T`.
+pub trait Kernel<T> {
+    /// Computes the outputs from the inputs.
+    fn run(&self, io: &mut Io<'_, T>);
+}
+
+/// Work of one step, from which time can be predicted.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Cost {
+    /// Floating-point operations; a fused multiply-add counts two.
+    pub flops: u64,
+    /// Elements that must be read or written at least once.
+    pub elements: u64,
+}
+
+/// An operation of the tape.
+pub trait Op: Kernel<f32> + Kernel<f64> + Debug + Send + Sync {
+    /// Its name in the registry, plans and profiles.
+    fn name(&self) -> &'static str;
+
+    /// The shape rule.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the inputs do not fit together.
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>>;
+
+    /// Arithmetic of one application, from the shapes. A fused multiply-add counts two.
+    fn flops(&self, inputs: &[Shape], outputs: &[Shape]) -> u64 {
+        let _ = inputs;
+        outputs.iter().map(|s| s.len() as u64).sum()
+    }
+
+    /// Arithmetic and compulsory traffic of one application.
+    fn cost(&self, inputs: &[Shape], outputs: &[Shape]) -> Cost {
+        let elements = inputs.iter().chain(outputs).map(|s| s.len() as u64).sum();
+        Cost {
+            flops: self.flops(inputs, outputs),
+            elements,
+        }
+    }
+
+    /// Records the gradient of one application.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the operation has no derivative (the gradient operations themselves).
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let _ = at;
+        Err(Error::shape(self.name(), "has no derivative"))
+    }
+
+    /// The input that output 0 may overwrite, if the kernel can work in place. The kernel then asks
+    /// [`Io::in_place`] and, if so, finds the input's elements in its output.
+    fn in_place(&self) -> Option<usize> {
+        None
+    }
+
+    /// Whether running it again costs less than keeping its result until the backward pass.
+    fn recompute(&self) -> bool {
+        false
+    }
+
+    /// Elements of working memory that the kernel wants.
+    fn scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
+        let _ = (inputs, outputs);
+        0
+    }
+}
+
+/// A line of the registry.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    /// The operation's [`Op::name`].
+    pub name: &'static str,
+    /// What it computes, in a few words.
+    pub summary: &'static str,
+    /// Draws a random problem for the gradient check: sizes of 1, odd sizes, every parameter of the
+    /// operation, values near its kinks but not on them.
+    pub case: fn(&mut Sampler) -> Case,
+}
+
+/// All differentiable operations.
+pub fn registry() -> Vec<Entry> {
+    let entry = |name, summary, case| Entry {
+        name,
+        summary,
+        case,
+    };
+    vec![
+        entry("add", "a + b", pointwise::add_case),
+        entry("mul", "a · b", pointwise::mul_case),
+        entry("relu", "max(x, 0)", pointwise::relu_case),
+    ]
+}

@@ -1,0 +1,277 @@
+//! The CPU: a session owns a plan's arena and replays its steps; rayon works inside the kernels.
+
+use std::marker::PhantomData;
+
+use crate::error::{Error, Result};
+use crate::ops::{Kernel, Op};
+use crate::tape::{Kind, Plan, PlannedStep, Slot, Var};
+use crate::tensor::{Real, Shape};
+
+/// An element type for which operations have kernels.
+pub trait Element: Real {
+    #[doc(hidden)]
+    fn run(op: &dyn Op, io: &mut Io<'_, Self>);
+}
+
+impl Element for f32 {
+    fn run(op: &dyn Op, io: &mut Io<'_, Self>) {
+        Kernel::<f32>::run(op, io);
+    }
+}
+
+impl Element for f64 {
+    fn run(op: &dyn Op, io: &mut Io<'_, Self>) {
+        Kernel::<f64>::run(op, io);
+    }
+}
+
+/// What a kernel sees: its inputs, outputs and scratch, as slices of the arena.
+pub struct Io<'a, T> {
+    arena: *mut T,
+    step: &'a PlannedStep,
+    taken: &'a mut [bool],
+    scratch_taken: bool,
+    lifetime: PhantomData<&'a mut T>,
+}
+
+impl<'a, T: Real> Io<'a, T> {
+    /// Input `i`. Not to be called for the input that is overwritten ([`Io::in_place`]).
+    pub fn input(&self, i: usize) -> &'a [T] {
+        assert_ne!(
+            self.step.in_place,
+            Some(i),
+            "{} reads an overwritten input",
+            self.step.op.name()
+        );
+        // SAFETY: `layout` places values that are alive at the same step apart, so this piece of
+        // the arena is written neither by this step's outputs nor by its scratch.
+        unsafe {
+            std::slice::from_raw_parts(self.start(self.step.read[i].0), self.step.read[i].0.len)
+        }
+    }
+
+    /// The number of inputs.
+    pub fn inputs(&self) -> usize {
+        self.step.read.len()
+    }
+
+    /// The number of outputs.
+    pub fn outputs(&self) -> usize {
+        self.step.write.len()
+    }
+
+    /// Extent of input `i`.
+    pub fn input_shape(&self, i: usize) -> Shape {
+        self.step.read[i].1
+    }
+
+    /// Extent of output `o`.
+    pub fn output_shape(&self, o: usize) -> Shape {
+        self.step.write[o].1
+    }
+
+    /// Output `o`. A computed value's contents are undefined before the kernel writes them; a
+    /// persistent value holds what it held before; with [`Io::in_place`], output 0 holds the input.
+    ///
+    /// # Panics
+    /// If a kernel takes the same output twice.
+    pub fn output(&mut self, o: usize) -> &'a mut [T] {
+        assert!(
+            !self.taken[o],
+            "{} takes output {o} twice",
+            self.step.op.name()
+        );
+        self.taken[o] = true;
+        let slot = self.step.write[o].0;
+        // SAFETY: as for `input`, and `taken` makes sure that no two slices to it exist. Outputs
+        // of one step are distinct values.
+        unsafe { std::slice::from_raw_parts_mut(self.start(slot), slot.len) }
+    }
+
+    /// Whether output 0 lies where the input that [`Op::in_place`] names lay.
+    pub fn in_place(&self) -> bool {
+        self.step.in_place.is_some()
+    }
+
+    /// Working memory of at least [`Op::scratch`] elements with undefined contents.
+    ///
+    /// # Panics
+    /// If a kernel takes it twice.
+    pub fn scratch(&mut self) -> &'a mut [T] {
+        assert!(
+            !self.scratch_taken,
+            "{} takes its scratch twice",
+            self.step.op.name()
+        );
+        self.scratch_taken = true;
+        // SAFETY: as for `output`.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.start(self.step.scratch), self.step.scratch.len)
+        }
+    }
+
+    fn start(&self, slot: Slot) -> *mut T {
+        // SAFETY: the plan's slots lie inside the arena of `Plan::len` elements.
+        unsafe { self.arena.add(slot.offset) }
+    }
+}
+
+/// Memory for one plan, and its replay.
+pub struct Session<T> {
+    plan: Plan,
+    arena: Arena<T>,
+    taken: Vec<bool>,
+}
+
+impl<T: Element> Session<T> {
+    /// Allocates the arena; all values start as zeros.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is not enough memory.
+    pub fn new(plan: Plan) -> Result<Self> {
+        let arena = Arena::new(plan.len())?;
+        let outputs = plan
+            .steps()
+            .iter()
+            .map(|s| s.write.len())
+            .max()
+            .unwrap_or(0);
+        Ok(Self {
+            plan,
+            arena,
+            taken: vec![false; outputs],
+        })
+    }
+
+    /// What is replayed.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The elements of a persistent or kept value.
+    ///
+    /// # Panics
+    /// If the value is neither: its memory may hold something else by now.
+    pub fn read(&self, var: Var) -> &[T] {
+        let value = &self.plan.values()[var.index()];
+        assert!(value.kept, "{} was not kept", value.name);
+        self.arena.slice(self.plan.slot(var))
+    }
+
+    /// The elements of an input, parameter or state, to be written.
+    ///
+    /// # Panics
+    /// If the value is computed by the tape.
+    pub fn values_mut(&mut self, var: Var) -> &mut [T] {
+        let value = &self.plan.values()[var.index()];
+        assert_ne!(
+            value.kind,
+            Kind::Computed,
+            "{} is computed by the tape",
+            value.name
+        );
+        self.arena.slice_mut(self.plan.slot(var))
+    }
+
+    /// Writes an input, parameter or state.
+    ///
+    /// # Panics
+    /// If the value is computed by the tape or holds another number of elements.
+    pub fn write(&mut self, var: Var, elements: &[T]) {
+        self.values_mut(var).copy_from_slice(elements);
+    }
+
+    /// Runs all steps once.
+    pub fn run(&mut self) {
+        (0..self.plan.steps().len()).for_each(|index| self.step(index));
+    }
+
+    /// Runs all steps, calling `after` behind each with its number.
+    pub fn run_observed(&mut self, mut after: impl FnMut(usize)) {
+        for index in 0..self.plan.steps().len() {
+            self.step(index);
+            after(index);
+        }
+    }
+
+    /// Runs all steps and returns the name of the first value with a NaN or infinity among its
+    /// elements, in the order of the tape; stops there.
+    pub fn run_checked(&mut self) -> Option<String> {
+        for index in 0..self.plan.steps().len() {
+            self.step(index);
+            for &output in &self.plan.steps()[index].outputs {
+                if self
+                    .arena
+                    .slice(self.plan.slot(output))
+                    .iter()
+                    .any(|x| !x.is_finite())
+                {
+                    return Some(self.plan.values()[output.index()].name.clone());
+                }
+            }
+        }
+        None
+    }
+
+    fn step(&mut self, index: usize) {
+        let step = &self.plan.steps()[index];
+        self.taken.fill(false);
+        let mut io = Io {
+            arena: self.arena.start,
+            step,
+            taken: &mut self.taken,
+            scratch_taken: false,
+            lifetime: PhantomData,
+        };
+        T::run(&*step.op, &mut io);
+    }
+}
+
+/// Zeroed memory aligned to cache lines. Pages that are never touched cost nothing.
+struct Arena<T> {
+    start: *mut T,
+    layout: std::alloc::Layout,
+}
+
+// SAFETY: the arena owns its memory exclusively.
+unsafe impl<T: Send> Send for Arena<T> {}
+// SAFETY: shared access only reads.
+unsafe impl<T: Sync> Sync for Arena<T> {}
+
+impl<T: Real> Arena<T> {
+    fn new(len: usize) -> Result<Self> {
+        let too_large = |bytes: usize| {
+            Error::argument(
+                "memory",
+                format!("cannot allocate {} MiB for this plan", bytes >> 20),
+            )
+        };
+        let bytes = len.saturating_mul(size_of::<T>()).max(64);
+        let layout =
+            std::alloc::Layout::from_size_align(bytes, 64).map_err(|_| too_large(bytes))?;
+        // SAFETY: the layout has a size above zero; zero bytes are a valid `T` (bytemuck::Pod).
+        let start = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<T>();
+        if start.is_null() {
+            Err(too_large(bytes))
+        } else {
+            Ok(Self { start, layout })
+        }
+    }
+
+    fn slice(&self, slot: Slot) -> &[T] {
+        // SAFETY: slots lie inside the arena; `&self` forbids writing meanwhile.
+        unsafe { std::slice::from_raw_parts(self.start.add(slot.offset), slot.len) }
+    }
+
+    fn slice_mut(&mut self, slot: Slot) -> &mut [T] {
+        // SAFETY: slots lie inside the arena; `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(slot.offset), slot.len) }
+    }
+}
+
+impl<T> Drop for Arena<T> {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { std::alloc::dealloc(self.start.cast(), self.layout) }
+    }
+}

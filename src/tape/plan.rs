@@ -1,0 +1,455 @@
+//! From a tape to addresses: which steps run, what is recomputed, where every value lies.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::{Kind, Step, Tape, Value, Var};
+use crate::error::{Error, Result};
+use crate::ops::{Cost, Op};
+use crate::tensor::Shape;
+
+/// Every address is a multiple of this many elements, a cache line of `f32`.
+const ALIGN: usize = 16;
+
+/// How to plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Run cheap forward steps again in the backward pass instead of keeping their results.
+    pub recompute: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { recompute: true }
+    }
+}
+
+/// A piece of the arena, in elements.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Slot {
+    /// First element.
+    pub offset: usize,
+    /// Number of elements.
+    pub len: usize,
+}
+
+/// A step with everything that its replay needs.
+#[derive(Clone, Debug)]
+pub struct PlannedStep {
+    /// What is done.
+    pub op: Arc<dyn Op>,
+    /// Values read.
+    pub inputs: Vec<Var>,
+    /// Values written.
+    pub outputs: Vec<Var>,
+    /// Where the inputs lie, and their extents.
+    pub read: Vec<(Slot, Shape)>,
+    /// Where the outputs lie, and their extents.
+    pub write: Vec<(Slot, Shape)>,
+    /// Working memory.
+    pub scratch: Slot,
+    /// The input that output 0 overwrites.
+    pub in_place: Option<usize>,
+    /// Arithmetic and compulsory traffic.
+    pub cost: Cost,
+    /// Elements of the arena that are alive while this step runs, without persistent values.
+    pub alive: usize,
+}
+
+/// A tape with its memory laid out. Printing it lists every step.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    values: Vec<Value>,
+    slots: Vec<Slot>,
+    steps: Vec<PlannedStep>,
+    persistent: usize,
+    len: usize,
+}
+
+impl Plan {
+    /// Lays out the memory of `tape`. Steps whose results nobody reads are left out.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the tape needs more elements than can be addressed.
+    pub fn new(tape: &Tape, options: Options) -> Result<Self> {
+        let mut values = tape.values().to_vec();
+        let mut steps = tape.steps().to_vec();
+        if options.recompute {
+            steps = recompute(&steps, &mut values);
+        }
+        prune(&mut steps, &values);
+        layout(steps, values)
+    }
+
+    /// All values, by [`Var::index`]; recomputed ones follow those of the tape.
+    pub fn values(&self) -> &[Value] {
+        &self.values
+    }
+
+    /// The steps of one replay.
+    pub fn steps(&self) -> &[PlannedStep] {
+        &self.steps
+    }
+
+    /// Where a value lies.
+    pub fn slot(&self, var: Var) -> Slot {
+        self.slots[var.index()]
+    }
+
+    /// Elements of the whole arena: persistent values, then computed ones.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is stored at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Elements of inputs, parameters and states.
+    pub fn persistent(&self) -> usize {
+        self.persistent
+    }
+
+    /// Floating-point operations of one replay.
+    pub fn flops(&self) -> u64 {
+        self.steps.iter().map(|s| s.cost.flops).sum()
+    }
+}
+
+/// Forward steps that declare themselves cheap run again, right before the gradient steps that read
+/// their results, so that these results need not live from the forward to the backward pass. Each
+/// forward step's backward gets its own rerun: sharing one between distant steps would keep it
+/// alive in between, which is what recomputing is there to avoid.
+fn recompute(steps: &[Step], values: &mut Vec<Value>) -> Vec<Step> {
+    let mut producer: HashMap<Var, usize> = HashMap::new();
+    for (index, step) in steps.iter().enumerate() {
+        if step.origin.is_none() && step.op.recompute() {
+            producer.extend(step.outputs.iter().map(|&v| (v, index)));
+        }
+    }
+    let mut result: Vec<Step> = Vec::with_capacity(steps.len());
+    let mut reruns: HashMap<Var, Var> = HashMap::new();
+    let mut current = None;
+    for step in steps {
+        let mut step = step.clone();
+        if step.origin.is_some() {
+            if step.origin != current {
+                current = step.origin;
+                reruns.clear();
+            }
+            for input in &mut step.inputs {
+                *input = rerun(
+                    *input,
+                    steps,
+                    &producer,
+                    &mut reruns,
+                    values,
+                    &mut result,
+                    current,
+                );
+            }
+        }
+        result.push(step);
+    }
+    result
+}
+
+fn rerun(
+    var: Var,
+    steps: &[Step],
+    producer: &HashMap<Var, usize>,
+    reruns: &mut HashMap<Var, Var>,
+    values: &mut Vec<Value>,
+    result: &mut Vec<Step>,
+    origin: Option<usize>,
+) -> Var {
+    let Some(&index) = producer.get(&var) else {
+        return var;
+    };
+    if let Some(&again) = reruns.get(&var) {
+        return again;
+    }
+    let step = &steps[index];
+    let inputs = step
+        .inputs
+        .iter()
+        .map(|&v| rerun(v, steps, producer, reruns, values, result, origin))
+        .collect();
+    let mut outputs = Vec::with_capacity(step.outputs.len());
+    for &old in &step.outputs {
+        let value = Value {
+            kept: false,
+            ..values[old.index()].clone()
+        };
+        values.push(value);
+        let new = Var(values.len() as u32 - 1);
+        reruns.insert(old, new);
+        outputs.push(new);
+    }
+    result.push(Step {
+        op: step.op.clone(),
+        inputs,
+        outputs,
+        origin,
+    });
+    reruns[&var]
+}
+
+/// Drops steps whose outputs are neither kept nor read by a step that stays.
+fn prune(steps: &mut Vec<Step>, values: &[Value]) {
+    let mut read: Vec<bool> = values.iter().map(|v| v.kept).collect();
+    let mut stays = vec![false; steps.len()];
+    for (step, stays) in steps.iter().zip(&mut stays).rev() {
+        *stays = step.outputs.iter().any(|v| read[v.index()]);
+        if *stays {
+            step.inputs.iter().for_each(|v| read[v.index()] = true);
+        }
+    }
+    let mut stays = stays.into_iter();
+    steps.retain(|_| stays.next().unwrap());
+}
+
+/// A block of the arena and the steps during which it is taken, both ends included.
+struct Block {
+    len: usize,
+    first: usize,
+    last: usize,
+    offset: usize,
+}
+
+fn aligned(len: usize) -> usize {
+    len.next_multiple_of(ALIGN)
+}
+
+fn layout(steps: Vec<Step>, values: Vec<Value>) -> Result<Plan> {
+    let mut last_use: Vec<usize> = values
+        .iter()
+        .map(|v| if v.kept { usize::MAX } else { 0 })
+        .collect();
+    for (index, step) in steps.iter().enumerate() {
+        for v in step.inputs.iter().chain(&step.outputs) {
+            last_use[v.index()] = last_use[v.index()].max(index);
+        }
+    }
+
+    let mut slots = vec![Slot::default(); values.len()];
+    let mut persistent = 0;
+    for (value, slot) in values.iter().zip(&mut slots) {
+        if value.kind != Kind::Computed {
+            *slot = Slot {
+                offset: persistent,
+                len: value.shape.len(),
+            };
+            persistent += aligned(value.shape.len());
+        }
+    }
+
+    // One block per computed value, shared with the input that a step overwrites; scratch is a
+    // block that lives for one step.
+    let mut blocks: Vec<Block> = Vec::new();
+    let mut block_of: Vec<Option<usize>> = vec![None; values.len()];
+    let mut scratch_of: Vec<Option<usize>> = vec![None; steps.len()];
+    let mut in_place: Vec<Option<usize>> = vec![None; steps.len()];
+    for (index, step) in steps.iter().enumerate() {
+        let shapes = |vars: &[Var]| {
+            vars.iter()
+                .map(|v| values[v.index()].shape)
+                .collect::<Vec<_>>()
+        };
+        for (o, &output) in step.outputs.iter().enumerate() {
+            if values[output.index()].kind != Kind::Computed {
+                continue;
+            }
+            let len = aligned(values[output.index()].shape.len());
+            let overwritten = step.op.in_place().filter(|&i| {
+                let input = step.inputs[i];
+                o == 0
+                    && values[input.index()].kind == Kind::Computed
+                    && last_use[input.index()] == index
+                    && values[input.index()].shape.len() == values[output.index()].shape.len()
+                    && step.inputs.iter().filter(|&&v| v == input).count() == 1
+            });
+            let block = match overwritten {
+                Some(input) => {
+                    in_place[index] = overwritten;
+                    block_of[step.inputs[input].index()].expect("inputs are written before use")
+                }
+                None => {
+                    blocks.push(Block {
+                        len,
+                        first: index,
+                        last: index,
+                        offset: 0,
+                    });
+                    blocks.len() - 1
+                }
+            };
+            blocks[block].last = last_use[output.index()].min(steps.len());
+            block_of[output.index()] = Some(block);
+        }
+        let len = step
+            .op
+            .scratch(&shapes(&step.inputs), &shapes(&step.outputs));
+        if len > 0 {
+            blocks.push(Block {
+                len: aligned(len),
+                first: index,
+                last: index,
+                offset: 0,
+            });
+            scratch_of[index] = Some(blocks.len() - 1);
+        }
+    }
+    let transient = place(&mut blocks);
+    let len = persistent
+        .checked_add(transient)
+        .filter(|&len| len <= isize::MAX as usize / 8)
+        .ok_or_else(|| Error::shape("plan", "needs more memory than can be addressed"))?;
+
+    for (slot, (block, value)) in slots.iter_mut().zip(block_of.iter().zip(&values)) {
+        if let Some(block) = *block {
+            *slot = Slot {
+                offset: persistent + blocks[block].offset,
+                len: value.shape.len(),
+            };
+        }
+    }
+    let mut alive = vec![0; steps.len() + 1];
+    for block in &blocks {
+        alive[block.first..=block.last]
+            .iter_mut()
+            .for_each(|a| *a += block.len);
+    }
+    let place_of = |vars: &[Var]| -> Vec<(Slot, Shape)> {
+        vars.iter()
+            .map(|v| (slots[v.index()], values[v.index()].shape))
+            .collect()
+    };
+    let steps = steps
+        .into_iter()
+        .enumerate()
+        .map(|(index, step)| {
+            let (read, write) = (place_of(&step.inputs), place_of(&step.outputs));
+            let shapes = |list: &[(Slot, Shape)]| list.iter().map(|x| x.1).collect::<Vec<_>>();
+            let scratch = scratch_of[index].map_or(Slot::default(), |b| Slot {
+                offset: persistent + blocks[b].offset,
+                len: blocks[b].len,
+            });
+            PlannedStep {
+                cost: step.op.cost(&shapes(&read), &shapes(&write)),
+                op: step.op,
+                inputs: step.inputs,
+                outputs: step.outputs,
+                read,
+                write,
+                scratch,
+                in_place: in_place[index],
+                alive: alive[index],
+            }
+        })
+        .collect();
+    Ok(Plan {
+        values,
+        slots,
+        steps,
+        persistent,
+        len,
+    })
+}
+
+/// Gives each block an offset such that blocks alive at the same step never overlap, and returns the
+/// extent of all. Largest first, each at the lowest gap among its contemporaries: within a few per
+/// cent of the largest sum of living blocks for networks.
+fn place(blocks: &mut [Block]) -> usize {
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_by_key(|&b| (std::cmp::Reverse(blocks[b].len), b));
+    let mut placed: Vec<usize> = Vec::with_capacity(blocks.len());
+    let mut extent = 0;
+    for b in order {
+        let (first, last, len) = (blocks[b].first, blocks[b].last, blocks[b].len);
+        // `placed` is ordered by offset, so one sweep finds the lowest gap that is wide enough.
+        let mut offset = 0;
+        for other in placed.iter().map(|&p| &blocks[p]) {
+            if other.first <= last && first <= other.last {
+                if other.offset >= offset + len {
+                    break;
+                }
+                offset = offset.max(other.offset + other.len);
+            }
+        }
+        blocks[b].offset = offset;
+        extent = extent.max(offset + len);
+        let position = placed.partition_point(|&p| blocks[p].offset <= offset);
+        placed.insert(position, b);
+    }
+    extent
+}
+
+impl fmt::Display for Plan {
+    /// One line a step: number, operation, output's name and extent, memory alive, arithmetic.
+    /// Bytes are those of `f32`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MIB: f64 = 4.0 / (1 << 20) as f64;
+        writeln!(
+            f,
+            "{:>5}  {:<28} {:<44} {:<20} {:>10} {:>10} {:>10}",
+            "step", "operation", "output", "shape", "moved MiB", "alive MiB", "MFLOP"
+        )?;
+        for (index, step) in self.steps.iter().enumerate() {
+            let (name, shape) = match step.outputs.first() {
+                Some(v) => (
+                    self.values[v.index()].name.as_str(),
+                    step.write[0].1.to_string(),
+                ),
+                None => ("", String::new()),
+            };
+            writeln!(
+                f,
+                "{index:>5}  {:<28} {name:<44} {shape:<20} {:>10.2} {:>10.2} {:>10.2}",
+                step.op.name(),
+                step.cost.elements as f64 * MIB,
+                step.alive as f64 * MIB,
+                step.cost.flops as f64 / 1e6,
+            )?;
+        }
+        let peak = self.steps.iter().map(|s| s.alive).max().unwrap_or(0);
+        writeln!(
+            f,
+            "{} steps, {:.3} GFLOP; {:.1} MiB persistent, {:.1} MiB peak of living values, {:.1} MiB arena",
+            self.steps.len(),
+            self.flops() as f64 / 1e9,
+            self.persistent as f64 * MIB,
+            peak as f64 * MIB,
+            self.len as f64 * MIB,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn blocks_alive_together_never_overlap(
+            spans in prop::collection::vec((0usize..40, 0usize..12, 1usize..9), 1..60)
+        ) {
+            let mut blocks: Vec<Block> = spans
+                .iter()
+                .map(|&(first, span, len)| Block { len: len * ALIGN, first, last: first + span, offset: 0 })
+                .collect();
+            let extent = place(&mut blocks);
+            for (i, a) in blocks.iter().enumerate() {
+                prop_assert!(a.offset + a.len <= extent);
+                for b in &blocks[..i] {
+                    let contemporary = a.first <= b.last && b.first <= a.last;
+                    let disjoint = a.offset + a.len <= b.offset || b.offset + b.len <= a.offset;
+                    prop_assert!(!contemporary || disjoint);
+                }
+            }
+        }
+    }
+}
