@@ -12,12 +12,28 @@
 pub mod pointwise;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::device::cpu::Io;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
-use crate::tape::Backward;
+use crate::tape::{Backward, Var};
 use crate::tensor::Shape;
+
+/// What changes from step to step reaches the operations through one small input, `1×1×1×LEN`, so
+/// that a recorded (or captured) step never has to be recorded again.
+pub mod control {
+    /// Elements of the control vector.
+    pub const LEN: usize = 4;
+    /// Number of the training step, counted from 1; exact in `f32` up to 2²⁴.
+    pub const STEP: usize = 0;
+    /// Learning rate of this step.
+    pub const LEARNING_RATE: usize = 1;
+    /// Ramp of the consistency term, 0 to 1.
+    pub const RAMP: usize = 2;
+    /// Decay of the exponential moving average of the parameters in this step.
+    pub const EMA_DECAY: usize = 3;
+}
 
 /// The CPU code of an operation for elements of type `T`.
 pub trait Kernel<T> {
@@ -75,9 +91,11 @@ pub trait Op: Kernel<f32> + Kernel<f64> + Debug + Send + Sync {
         None
     }
 
-    /// Whether running it again costs less than keeping its result until the backward pass.
-    fn recompute(&self) -> bool {
-        false
+    /// An operation, with its inputs, that gives output 0 again at less cost than keeping it until the
+    /// backward pass: often the operation itself, or a cheaper one that reads its other outputs.
+    fn rerun(&self, inputs: &[Var], outputs: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        let _ = (inputs, outputs);
+        None
     }
 
     /// Elements of working memory that the kernel wants.

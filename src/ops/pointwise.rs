@@ -3,13 +3,15 @@
 //! Broadcasting is of one kind only: an operand with one value per channel (`1×1×1×C`) or per image
 //! and channel (`N×1×1×C`) against a full tensor, see [`Mul`].
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
-use crate::tape::Backward;
+use crate::tape::{Backward, Var};
 use crate::tensor::{Real, Shape};
 
 /// Elements of one piece of parallel work: a fixed size, so that results cannot depend on threads.
@@ -89,8 +91,8 @@ impl Op for Fill {
     fn backward(&self, _: &mut Backward<'_>) -> Result<()> {
         Ok(())
     }
-    fn recompute(&self) -> bool {
-        true
+    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        Some((Arc::new(*self), inputs.to_vec()))
     }
 }
 
@@ -178,8 +180,8 @@ impl Op for Relu {
     fn in_place(&self) -> Option<usize> {
         Some(0)
     }
-    fn recompute(&self) -> bool {
-        true
+    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        Some((Arc::new(*self), inputs.to_vec()))
     }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         let Some(dy) = at.gradient(0) else {

@@ -118,83 +118,74 @@ impl Plan {
     }
 }
 
-/// Forward steps that declare themselves cheap run again, right before the gradient steps that read
-/// their results, so that these results need not live from the forward to the backward pass. Each
+/// Results that can be had again cheaply ([`Op::rerun`]) are computed again right before the gradient
+/// steps that read them, so that they need not live from the forward to the backward pass. Each
 /// forward step's backward gets its own rerun: sharing one between distant steps would keep it
 /// alive in between, which is what recomputing is there to avoid.
 fn recompute(steps: &[Step], values: &mut Vec<Value>) -> Vec<Step> {
-    let mut producer: HashMap<Var, usize> = HashMap::new();
-    for (index, step) in steps.iter().enumerate() {
-        if step.origin.is_none() && step.op.recompute() {
-            producer.extend(step.outputs.iter().map(|&v| (v, index)));
-        }
-    }
-    let mut result: Vec<Step> = Vec::with_capacity(steps.len());
-    let mut reruns: HashMap<Var, Var> = HashMap::new();
+    let cheap = steps
+        .iter()
+        .filter(|step| step.origin.is_none())
+        .filter_map(|step| {
+            let (op, inputs) = step.op.rerun(&step.inputs, &step.outputs)?;
+            Some((step.outputs[0], (op, inputs)))
+        })
+        .collect();
+    let mut reruns = Reruns {
+        cheap,
+        done: HashMap::new(),
+        values,
+        steps: Vec::new(),
+    };
     let mut current = None;
     for step in steps {
         let mut step = step.clone();
         if step.origin.is_some() {
             if step.origin != current {
                 current = step.origin;
-                reruns.clear();
+                reruns.done.clear();
             }
-            for input in &mut step.inputs {
-                *input = rerun(
-                    *input,
-                    steps,
-                    &producer,
-                    &mut reruns,
-                    values,
-                    &mut result,
-                    current,
-                );
-            }
+            step.inputs
+                .iter_mut()
+                .for_each(|v| *v = reruns.get(*v, current));
         }
-        result.push(step);
+        reruns.steps.push(step);
     }
-    result
+    reruns.steps
 }
 
-fn rerun(
-    var: Var,
-    steps: &[Step],
-    producer: &HashMap<Var, usize>,
-    reruns: &mut HashMap<Var, Var>,
-    values: &mut Vec<Value>,
-    result: &mut Vec<Step>,
-    origin: Option<usize>,
-) -> Var {
-    let Some(&index) = producer.get(&var) else {
-        return var;
-    };
-    if let Some(&again) = reruns.get(&var) {
-        return again;
-    }
-    let step = &steps[index];
-    let inputs = step
-        .inputs
-        .iter()
-        .map(|&v| rerun(v, steps, producer, reruns, values, result, origin))
-        .collect();
-    let mut outputs = Vec::with_capacity(step.outputs.len());
-    for &old in &step.outputs {
-        let value = Value {
-            kept: false,
-            ..values[old.index()].clone()
+struct Reruns<'a> {
+    cheap: HashMap<Var, (Arc<dyn Op>, Vec<Var>)>,
+    /// What has been computed again for the current forward step's backward.
+    done: HashMap<Var, Var>,
+    values: &'a mut Vec<Value>,
+    steps: Vec<Step>,
+}
+
+impl Reruns<'_> {
+    /// The value to read in place of `var`, whose rerun is appended if there is none yet.
+    fn get(&mut self, var: Var, origin: Option<usize>) -> Var {
+        if let Some(&again) = self.done.get(&var) {
+            return again;
+        }
+        let Some((op, inputs)) = self.cheap.get(&var).cloned() else {
+            return var;
         };
-        values.push(value);
-        let new = Var(values.len() as u32 - 1);
-        reruns.insert(old, new);
-        outputs.push(new);
+        let inputs = inputs.into_iter().map(|v| self.get(v, origin)).collect();
+        self.values.push(Value {
+            kept: false,
+            ..self.values[var.index()].clone()
+        });
+        let again = Var(self.values.len() as u32 - 1);
+        self.steps.push(Step {
+            op,
+            inputs,
+            outputs: vec![again],
+            origin,
+        });
+        self.done.insert(var, again);
+        again
     }
-    result.push(Step {
-        op: step.op.clone(),
-        inputs,
-        outputs,
-        origin,
-    });
-    reruns[&var]
 }
 
 /// Drops steps whose outputs are neither kept nor read by a step that stays.
