@@ -6,6 +6,7 @@
 use std::fmt;
 use std::iter::Sum;
 
+use crate::device::simd::Dispatch;
 use crate::error::{Error, Result};
 
 /// The extent of a tensor: `n×h×w×c`, `c` contiguous.
@@ -77,6 +78,7 @@ impl fmt::Debug for Shape {
 pub trait Real:
     num_traits::Float
     + num_traits::NumAssign
+    + Dispatch
     + bytemuck::Pod
     + Sum
     + Send

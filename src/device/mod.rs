@@ -1,3 +1,5 @@
 //! What a tape runs on.
 
 pub mod cpu;
+pub mod philox;
+pub mod simd;
