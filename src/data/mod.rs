@@ -1,1 +1,4 @@
 //! Data sets, letterboxing, augmentation and phantoms.
+
+pub mod augment;
+pub mod loader;
