@@ -1,0 +1,529 @@
+//! The features against the table of check values, numerical derivatives and hostile masks.
+
+use echograd::features::{
+    Consistency, FitOptions, MaskSums, Prior, ShapeFeatures, Start, consistency,
+};
+use echograd::tensor::Real;
+use proptest::prelude::*;
+
+const SIZE: usize = 256;
+
+/// A hard mask on 256×256: `inside(x, y)`, coordinates from the image's centre.
+fn hard<T: Real>(inside: impl Fn(f64, f64) -> bool) -> Vec<T> {
+    let half = (SIZE as f64 - 1.0) / 2.0;
+    (0..SIZE * SIZE)
+        .map(|i| ((i % SIZE) as f64 - half, (i / SIZE) as f64 - half))
+        .map(|(x, y)| if inside(x, y) { T::one() } else { T::zero() })
+        .collect()
+}
+
+fn disc<T: Real>(column: f64, row: f64, radius: f64) -> Vec<T> {
+    let half = (SIZE as f64 - 1.0) / 2.0;
+    hard(move |x, y| (x + half - column).hypot(y + half - row) < radius)
+}
+
+/// Mask, then area, perimeter, irregularity, orientation, margin, roundness.
+fn check_values<T: Real>() -> Vec<(&'static str, Vec<T>, [f64; 6])> {
+    let ellipse = |a: f64, b: f64| hard(move |x, y| (x / a).powi(2) + (y / b).powi(2) < 1.0);
+    let turned = |x: f64, y: f64| {
+        let (u, v) = ((x + y) / 2f64.sqrt(), (y - x) / 2f64.sqrt());
+        (u / 80.0).powi(2) + (v / 40.0).powi(2) < 1.0
+    };
+    let star = |x: f64, y: f64| x.hypot(y) < 60.0 * (1.0 + 0.3 * (8.0 * y.atan2(x)).cos());
+    vec![
+        (
+            "disc",
+            hard(|x, y| x.hypot(y) < 60.0),
+            [11304.0, 383.09, 0.0163, 0.0, 0.0081, 1.0],
+        ),
+        (
+            "wide ellipse",
+            ellipse(80.0, 40.0),
+            [10068.0, 394.80, 0.1039, -0.5994, 0.0090, 0.8004],
+        ),
+        (
+            "tall ellipse",
+            ellipse(40.0, 80.0),
+            [10068.0, 394.80, 0.1039, 0.5994, 0.0090, 0.8004],
+        ),
+        (
+            "turned ellipse",
+            hard(turned),
+            [10050.0, 393.54, 0.1017, 0.0, 0.0078, 0.8003],
+        ),
+        (
+            "square",
+            hard(|x, y| x.abs() < 50.0 && y.abs() < 50.0),
+            [10000.0, 397.19, 0.1132, 0.0, 0.0453, 1.0],
+        ),
+        (
+            "star",
+            hard(star),
+            [11836.0, 728.87, 0.5625, 0.0, 0.2726, 1.0],
+        ),
+        (
+            "small disc",
+            disc(20.0, 30.0, 5.0),
+            [69.0, 29.46, 0.0005, 0.0, -0.0016, 1.0],
+        ),
+        (
+            "ones",
+            vec![T::one(); SIZE * SIZE],
+            [65536.0, 1019.94, 0.1163, 0.0, 0.0468, 1.0],
+        ),
+        (
+            "half",
+            vec![T::of(0.5); SIZE * SIZE],
+            [32768.0, 508.95, 0.1143, 0.0, -0.2920, 1.0],
+        ),
+    ]
+}
+
+fn assert_check_values<T: Real>() {
+    for (name, mask, [area, perimeter, features @ ..]) in check_values::<T>() {
+        let sums = MaskSums::of(&mask, SIZE);
+        let close = |what: &str, found: f64, expected: f64, digit: f64| {
+            let within = (found - expected).abs() <= 0.5 * digit + 1e-9;
+            assert!(within, "{what} of the {name}: {found}, expected {expected}");
+        };
+        close("area", sums.moments.area, area, 1e-9);
+        close("perimeter", sums.perimeter, perimeter, 0.01);
+        let found = sums.features().expect("measurable").to_array();
+        for ((what, found), expected) in ShapeFeatures::NAMES.iter().zip(found).zip(features) {
+            close(what, found, expected, 1e-4);
+        }
+    }
+}
+
+#[test]
+fn check_values_in_f64() {
+    assert_check_values::<f64>();
+}
+
+#[test]
+fn check_values_in_f32() {
+    assert_check_values::<f32>();
+}
+
+/// Why Sobel: its perimeter of a disc is nearly the true one, that of forward differences is not.
+#[test]
+fn sobel_is_rounder_than_forward_differences() {
+    let mask = disc::<f64>(127.5, 127.5, 60.0);
+    let deficit = |perimeter: f64| 1.0 - 4.0 * std::f64::consts::PI * 11304.0 / perimeter.powi(2);
+    let at = |x: usize, y: usize| mask[y * SIZE + x];
+    let forward: f64 = (0..SIZE - 1)
+        .flat_map(|y| (0..SIZE - 1).map(move |x| (x, y)))
+        .map(|(x, y)| (at(x + 1, y) - at(x, y)).hypot(at(x, y + 1) - at(x, y)))
+        .sum();
+    let sobel = MaskSums::of(&mask, SIZE).perimeter;
+    assert!((deficit(sobel) - 0.032).abs() < 5e-4, "{}", deficit(sobel));
+    assert!(
+        (deficit(forward) - 0.261).abs() < 5e-4,
+        "{}",
+        deficit(forward)
+    );
+}
+
+/// The gradient of `Σ gradₖ·featureₖ` with respect to every pixel.
+fn feature_gradient(mask: &[f64], width: usize, grad: [f64; 4]) -> Vec<f64> {
+    let sums = MaskSums::of(mask, width);
+    let mut dmask = vec![0.0; mask.len()];
+    sums.backward(
+        &sums.features_backward(&grad.into()),
+        mask,
+        width,
+        &mut dmask,
+    );
+    dmask
+}
+
+/// Small against `perimeter::EPSILON`, large against the rounding of a feature.
+const STEP: f64 = 4e-5;
+
+/// Five-point central differences of `f` in each coordinate of `at`, against `analytic`.
+fn assert_gradient(at: &[f64], analytic: &[f64], step: f64, mut f: impl FnMut(&[f64]) -> f64) {
+    let largest = analytic.iter().fold(0.0_f64, |max, g| max.max(g.abs()));
+    let mut point = at.to_vec();
+    for i in 0..at.len() {
+        let mut shifted = |offset: f64| {
+            point[i] = at[i] + offset * step;
+            let value = f(&point);
+            point[i] = at[i];
+            value
+        };
+        let numeric =
+            (8.0 * (shifted(1.0) - shifted(-1.0)) - (shifted(2.0) - shifted(-2.0))) / (12.0 * step);
+        let scale = analytic[i].abs().max(numeric.abs()).max(1e-3 * largest);
+        let difference = (analytic[i] - numeric).abs();
+        assert!(
+            difference <= 1e-6 * scale,
+            "coordinate {i} at {}: analytic {}, numeric {numeric}",
+            at[i],
+            analytic[i]
+        );
+    }
+}
+
+/// All four features at once, in a combination that cannot vanish where one of them is stationary
+/// (as roundness is for a disc).
+fn assert_feature_gradients(mask: &[f64], width: usize) {
+    let grad = [0.9, -0.7, 0.8, 0.6];
+    assert_gradient(mask, &feature_gradient(mask, width, grad), STEP, |mask| {
+        let features = MaskSums::of(mask, width)
+            .features()
+            .expect("measurable")
+            .to_array();
+        features.iter().zip(grad).map(|(f, g)| f * g).sum()
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn gradients_of_random_soft_masks(
+        (width, mask) in (5usize..14, 9usize..14).prop_flat_map(|(w, h)| {
+            (Just(w), prop::collection::vec(0.0..1.0f64, w * h))
+        })
+    ) {
+        prop_assume!((mask.iter().sum::<f64>() - 32.0).abs() > 0.1 && mask.iter().sum::<f64>() > 32.0);
+        assert_feature_gradients(&mask, width);
+    }
+
+    #[test]
+    fn gradients_of_soft_lesions(
+        radius in 3.5..6.0f64, aspect in 0.5..1.5f64, x in -4.0..4.0f64, y in -4.0..4.0f64, sharpness in 0.5..2.0f64
+    ) {
+        let (width, height) = (19, 17);
+        let mask: Vec<f64> = (0..width * height)
+            .map(|i| ((i % width) as f64 - 9.0 - x, (i / width) as f64 - 8.0 - y))
+            .map(|(x, y)| 1.0 / (1.0 + (sharpness * ((x * aspect).hypot(y) - radius)).exp()))
+            .collect();
+        prop_assume!(mask.iter().sum::<f64>() > 32.1);
+        assert_feature_gradients(&mask, width);
+    }
+}
+
+/// Each feature by each sum, where the four do not hide one another. The sums are scaled to one, as
+/// their sizes differ by four orders of magnitude.
+#[test]
+fn gradients_of_features_by_sums() {
+    // None of them is symmetric, where a gradient would vanish.
+    let ellipse = |x: f64, y: f64| ((x + 0.5 * y) / 80.0).powi(2) + (y / 40.0).powi(2);
+    let star = |x: f64, y: f64| (8.0 * y.atan2(x)).cos();
+    let masks = [
+        hard(|x, y| ellipse(x, y) < 1.0),
+        hard(|x, y| ellipse(y, x) < 1.0),
+        hard(|x, y| ellipse(x - 30.0, y - 9.0) < 0.6 + 0.3 * star(x, y)),
+        noise(SIZE, SIZE / 2),
+    ];
+    for mask in masks {
+        let sums: [f64; MaskSums::COUNT] = bytemuck::cast(MaskSums::of(&mask, SIZE));
+        for k in 0..4 {
+            let mut grad = [0.0; 4];
+            grad[k] = 1.0;
+            let analytic = bytemuck::cast::<MaskSums, [f64; MaskSums::COUNT]>(
+                bytemuck::cast::<_, MaskSums>(sums).features_backward(&grad.into()),
+            );
+            let scale = sums.map(|sum| sum.abs().max(1.0));
+            let scaled: Vec<f64> = analytic.iter().zip(scale).map(|(g, s)| g * s).collect();
+            assert_gradient(&[0.0; MaskSums::COUNT], &scaled, 1e-3, |offset| {
+                let moved: [f64; MaskSums::COUNT] =
+                    std::array::from_fn(|i| sums[i] + offset[i] * scale[i]);
+                let moved: MaskSums = bytemuck::cast(moved);
+                moved.features().expect("measurable").to_array()[k]
+            });
+        }
+    }
+}
+
+/// Values in [0, 1) without any structure.
+fn noise(width: usize, height: usize) -> Vec<f64> {
+    (0..width * height)
+        .map(|i| ((i % width * 7919 + i / width * 104_729) % 1009) as f64 / 1009.0)
+        .collect()
+}
+
+/// Masks on which something vanishes: no edge, no width, one pixel, values far from any.
+fn hostile_masks(width: usize, height: usize) -> Vec<(&'static str, Vec<f64>)> {
+    let of = |f: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
+        (0..width * height)
+            .map(|i| f(i % width, i / width))
+            .collect()
+    };
+    let noise = |x: usize, y: usize| ((x * 7919 + y * 104_729) % 1009) as f64 / 1009.0;
+    let sigmoid = |z: f64| 1.0 / (1.0 + (-z).exp());
+    vec![
+        ("empty", of(&|_, _| 0.0)),
+        ("full", of(&|_, _| 1.0)),
+        ("half", of(&|_, _| 0.5)),
+        (
+            "pixel",
+            of(&|x, y| f64::from(u8::from(x == width / 2 && y == height / 2))),
+        ),
+        ("corner", of(&|x, y| f64::from(u8::from(x == 0 && y == 0)))),
+        ("noise", of(&noise)),
+        (
+            "logits of ±60",
+            of(&|x, y| sigmoid(if noise(x, y) < 0.5 { -60.0 } else { 60.0 })),
+        ),
+        ("1e-30", of(&|_, _| 1e-30)),
+        ("faint", of(&|_, _| 33.0 / (width * height) as f64)),
+        (
+            "horizontal line",
+            of(&|x, y| f64::from(u8::from(y == height / 2 && (2..34).contains(&x)))),
+        ),
+        (
+            "vertical line",
+            of(&|x, y| f64::from(u8::from(x == 0 && (2..34).contains(&y)))),
+        ),
+        ("diagonal", of(&|x, y| f64::from(u8::from(x == y)))),
+        (
+            "opposite corners",
+            of(&|x, y| f64::from(u8::from(x + y < 8 || x + y > width + height - 10))),
+        ),
+    ]
+}
+
+#[test]
+fn gradients_are_finite_and_bounded() {
+    let mut largest = 0.0_f64;
+    for (name, mask) in hostile_masks(SIZE, SIZE) {
+        for k in 0..4 {
+            let mut grad = [0.0; 4];
+            grad[k] = 1.0;
+            let steepest = feature_gradient(&mask, SIZE, grad)
+                .iter()
+                .fold(0.0_f64, |max, g| {
+                    assert!(g.is_finite(), "{} of {name}", ShapeFeatures::NAMES[k]);
+                    max.max(g.abs())
+                });
+            assert!(
+                steepest <= 1e3,
+                "{} of {name}: {steepest}",
+                ShapeFeatures::NAMES[k]
+            );
+            largest = largest.max(steepest);
+        }
+    }
+    // The roundness of a line one pixel wide is steep: the bound is not vacuous.
+    assert!(largest > 100.0, "{largest}");
+}
+
+#[test]
+fn gradients_of_near_degenerate_masks() {
+    let mut differentiated = 0;
+    for (width, height) in [(36, 10), (9, 36)] {
+        for (name, mask) in hostile_masks(width, height) {
+            let area = mask.iter().sum::<f64>();
+            // The gate is a jump: a line of 32 pixels stands on it.
+            let mask: Vec<f64> = match area {
+                32.0 => mask.iter().map(|m| 0.9 * m + 0.05).collect(),
+                _ => mask,
+            };
+            if mask.iter().sum::<f64>() > 32.1 {
+                assert_feature_gradients(&mask, width);
+                differentiated += 1;
+            } else {
+                assert_eq!(MaskSums::of(&mask, width).features(), None, "{name}");
+            }
+        }
+    }
+    assert_eq!(differentiated, 14);
+}
+
+#[test]
+fn below_the_gate_everything_is_zero() {
+    for area in [0, 1, 31] {
+        let mask: Vec<f32> = (0..64 * 64)
+            .map(|i| f32::from(u8::from(i < area)))
+            .collect();
+        let sums = MaskSums::of(&mask, 64);
+        assert_eq!(sums.features(), None);
+        assert_eq!(sums.confidence(), 0.0);
+        let gradient = sums.features_backward(&[1.0, -2.0, 3.0, 4.0].into());
+        assert_eq!(gradient, MaskSums::default());
+    }
+}
+
+/// Single precision agrees with double for small lesions wherever they lie.
+#[test]
+fn f32_features_agree_with_f64() {
+    for radius in [5.0, 7.3, 20.0] {
+        for (column, row) in [
+            (5.0, 5.0),
+            (127.5, 127.5),
+            (250.0, 3.0),
+            (249.6, 250.3),
+            (1.0, 128.0),
+        ] {
+            // The same soft-edged logits in both precisions.
+            let logits: Vec<f32> = (0..SIZE * SIZE)
+                .map(|i| ((i % SIZE) as f64 - column).hypot((i / SIZE) as f64 - row))
+                .map(|r| (3.0 * (radius - r)).clamp(-60.0, 60.0) as f32)
+                .collect();
+            let single: Vec<f32> = logits.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect();
+            let double: Vec<f64> = logits
+                .iter()
+                .map(|&z| 1.0 / (1.0 + (-f64::from(z)).exp()))
+                .collect();
+            let single = MaskSums::of(&single, SIZE)
+                .features()
+                .expect("measurable")
+                .to_array();
+            let double = MaskSums::of(&double, SIZE)
+                .features()
+                .expect("measurable")
+                .to_array();
+            for k in 0..4 {
+                let difference = (single[k] - double[k]).abs();
+                assert!(
+                    difference <= 1e-4,
+                    "{} at {column},{row}: {difference}",
+                    ShapeFeatures::NAMES[k]
+                );
+            }
+        }
+    }
+}
+
+/// A small set of lesions on which malignancy follows margin and orientation.
+fn lesions() -> (Vec<ShapeFeatures>, Vec<bool>) {
+    (0..120)
+        .map(|i| {
+            let wave = |k: f64| (i as f64 * k).sin();
+            let f = [
+                0.2 + 0.1 * wave(1.7),
+                -0.3 + 0.3 * wave(2.9),
+                0.05 * wave(0.7),
+                0.85 + 0.1 * wave(5.3),
+            ];
+            let score = 20.0 * f[2] + f[1] - 4.0 * f[0] + 1.5 * wave(11.0) + 0.8;
+            (ShapeFeatures::from(f), score > 0.0)
+        })
+        .unzip()
+}
+
+/// The minimum is recognised by its first-order conditions: zero slope in free coordinates, slope
+/// into the wall for weights held at zero.
+#[test]
+fn the_fit_satisfies_the_optimality_conditions() {
+    let (rows, labels) = lesions();
+    for free_sign in [false, true] {
+        let options = FitOptions {
+            free_sign,
+            start: Start::Fitted,
+        };
+        let prior = Prior::fit(&rows, &labels, options).expect("both classes");
+        let (mut by_weight, mut by_bias) = (prior.weights, 0.0);
+        for (row, &y) in rows.iter().zip(&labels) {
+            let residual = prior.phi(row) - f64::from(u8::from(y));
+            let f = row.to_array();
+            for k in 0..4 {
+                by_weight[k] += residual * (f[k] - prior.mean[k]) / prior.sd[k];
+            }
+            by_bias += residual;
+        }
+        assert!(by_bias.abs() < 1e-8, "{by_bias}");
+        for (weight, slope) in prior.weights.iter().zip(by_weight) {
+            if *weight == 0.0 {
+                assert!(!free_sign && slope > 0.0);
+            } else {
+                assert!(free_sign || *weight > 0.0);
+                assert!(slope.abs() < 1e-8, "{slope}");
+            }
+        }
+        // Irregularity counts against malignancy in this set, so the constraint is active.
+        assert_eq!(prior.weights[0] < 0.0, free_sign);
+        assert_eq!(prior.weights[0] == 0.0, !free_sign);
+    }
+    let equal = FitOptions {
+        start: Start::Equal,
+        ..FitOptions::default()
+    };
+    let weights = Prior::fit(&rows, &labels, equal)
+        .expect("both classes")
+        .weights;
+    assert!(weights[0] > 0.0 && weights.iter().all(|&w| w == weights[0]));
+}
+
+#[test]
+fn the_fit_refuses_what_it_cannot_fit() {
+    let (mut rows, labels) = lesions();
+    let fit = |rows: &[ShapeFeatures], labels: &[bool]| {
+        Prior::fit(rows, labels, FitOptions::default())
+            .expect_err("refused")
+            .to_string()
+    };
+    assert!(fit(&rows, &labels[1..]).contains("one label for each of 120 rows, found 119"));
+    assert!(fit(&rows, &[true; 120]).contains("found 120 malignant of 120"));
+    for row in &mut rows {
+        row.margin = 0.25;
+    }
+    assert!(fit(&rows, &labels).contains("margin"));
+}
+
+#[test]
+fn gradients_of_the_prior() {
+    let (rows, labels) = lesions();
+    let prior = Prior::fit(
+        &rows,
+        &labels,
+        FitOptions {
+            free_sign: true,
+            ..FitOptions::default()
+        },
+    )
+    .expect("fits");
+    let (features, weights, bias) = prior.backward(&rows[3], 2.0);
+    assert_gradient(&rows[3].to_array(), &features.to_array(), STEP, |f| {
+        2.0 * prior.phi(&ShapeFeatures::from([f[0], f[1], f[2], f[3]]))
+    });
+    assert_gradient(&prior.weights, &weights, STEP, |w| {
+        2.0 * Prior {
+            weights: [w[0], w[1], w[2], w[3]],
+            ..prior
+        }
+        .phi(&rows[3])
+    });
+    assert_gradient(&[prior.bias], &[bias], STEP, |b| {
+        2.0 * Prior {
+            bias: b[0],
+            ..prior
+        }
+        .phi(&rows[3])
+    });
+}
+
+#[test]
+fn consistency_counts_measurable_images_of_positive_weight() {
+    let image = |p, phi, weight| Consistency {
+        p,
+        phi,
+        confidence: 0.5,
+        weight,
+    };
+    let images = [
+        image(0.9, Some(0.2), 1.0),
+        image(0.1, Some(0.4), 2.0),
+        image(0.5, None, 1.0),
+        image(0.5, Some(0.9), 0.0),
+    ];
+    let mut grad = [f64::NAN; 4];
+    let term = consistency(&images, 0.8, &mut grad);
+    let expected = 0.8 * 0.5 * (0.7f64.powi(2) + 2.0 * 0.3f64.powi(2)) / 2.0;
+    assert!((term - expected).abs() < 1e-15);
+    let at: Vec<f64> = images.iter().map(|image| image.p).collect();
+    assert_gradient(&at, &grad, STEP, |p| {
+        let moved: Vec<_> = images
+            .iter()
+            .zip(p)
+            .map(|(image, &p)| Consistency { p, ..*image })
+            .collect();
+        consistency(&moved, 0.8, &mut [0.0; 4])
+    });
+    assert_eq!(grad[2..], [0.0, 0.0]);
+
+    let nothing = [image(0.5, None, 1.0)];
+    assert_eq!(consistency(&nothing, 1.0, &mut [0.0]), 0.0);
+}
