@@ -1,0 +1,255 @@
+//! Reading of grey images and lesion masks, and writing of PNGs.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Seek, Write};
+use std::path::Path;
+
+use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageReader, Limits};
+
+use crate::error::{Error, Result};
+
+/// The largest width or height that is read, in pixels: far above any ultrasound frame, and low
+/// enough that a forged header cannot ask for much memory.
+pub const MAX_SIDE: u32 = 8192;
+
+/// An 8-bit grey image, or a mask whose pixels are 0 or 255.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gray {
+    /// Columns.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `height × width` values, row by row from the top.
+    pub pixels: Vec<u8>,
+}
+
+impl Gray {
+    /// A black image.
+    pub fn zeros(width: usize, height: usize) -> Self {
+        Self {
+            width,
+            height,
+            pixels: vec![0; width * height],
+        }
+    }
+}
+
+/// Reads a PNG, JPEG, BMP or TIFF as grey.
+///
+/// Colour becomes luma, `0.299 R + 0.587 G + 0.114 B` (Rec. 601, the integer form of Pillow's
+/// `convert("L")`). Alpha is ignored and never composited: some published scans have transparent
+/// areas with content beneath. 16-bit values are scaled linearly to 8 bits.
+///
+/// # Errors
+/// [`Error::File`] if the file is missing, truncated, of another format, of floating-point pixels,
+/// or larger than [`MAX_SIDE`] on a side.
+pub fn read(path: &Path) -> Result<Gray> {
+    Ok(to_gray(&decode(path)?))
+}
+
+/// Reads a mask: a pixel belongs to the lesion (255) if any of R, G, B is at least half of full
+/// scale; alpha is ignored. Files that hold only the values 0 and 1 are taken as 0 and full scale.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_mask(path: &Path) -> Result<Gray> {
+    Ok(to_mask(&decode(path)?))
+}
+
+/// The width and height of the image whose file holds `bytes`, from its header alone.
+///
+/// # Errors
+/// As [`read`], as far as the header shows it.
+pub fn dimensions(path: &Path, bytes: &[u8]) -> Result<(usize, usize)> {
+    let (width, height) = reader(Cursor::new(bytes))
+        .and_then(|r| r.into_dimensions())
+        .map_err(|e| unreadable(path, e))?;
+    if width > MAX_SIDE || height > MAX_SIDE {
+        return Err(Error::file(
+            path,
+            format!("expected at most {MAX_SIDE} pixels a side, found {width}×{height}"),
+        ));
+    }
+    Ok((width as usize, height as usize))
+}
+
+/// Decodes image bytes that came from `path`, as [`read`] does.
+pub(super) fn decode_bytes(path: &Path, bytes: &[u8]) -> Result<DynamicImage> {
+    decode_from(path, Cursor::new(bytes))
+}
+
+pub(super) fn decode(path: &Path) -> Result<DynamicImage> {
+    decode_from(path, open(path)?)
+}
+
+fn open(path: &Path) -> Result<BufReader<File>> {
+    let file = File::open(path).map_err(|e| Error::caused(path, "cannot be opened", e))?;
+    Ok(BufReader::new(file))
+}
+
+fn decode_from(path: &Path, input: impl BufRead + Seek) -> Result<DynamicImage> {
+    let image = reader(input)
+        .and_then(|r| r.decode())
+        .map_err(|e| unreadable(path, e))?;
+    match image {
+        DynamicImage::ImageRgb32F(_) | DynamicImage::ImageRgba32F(_) => Err(Error::file(
+            path,
+            "expected 8- or 16-bit integer pixels, found floating point",
+        )),
+        image => Ok(image),
+    }
+}
+
+/// A reader that goes by content rather than by extension, with limits on what it allocates.
+fn reader<R: BufRead + Seek>(input: R) -> Result<ImageReader<R>, image::ImageError> {
+    let mut reader = ImageReader::new(input).with_guessed_format()?;
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(MAX_SIDE);
+    limits.max_image_height = Some(MAX_SIDE);
+    reader.limits(limits);
+    Ok(reader)
+}
+
+fn unreadable(path: &Path, error: image::ImageError) -> Error {
+    Error::caused(
+        path,
+        format!("expected a complete PNG, JPEG, BMP or TIFF of at most {MAX_SIDE} pixels a side"),
+        error,
+    )
+}
+
+pub(super) fn to_gray(image: &DynamicImage) -> Gray {
+    let pixels = match image {
+        DynamicImage::ImageLuma8(i) => i.as_raw().clone(),
+        DynamicImage::ImageLumaA8(i) => i.pixels().map(|p| p.0[0]).collect(),
+        DynamicImage::ImageRgb8(i) => i.pixels().map(|p| luma(p.0)).collect(),
+        DynamicImage::ImageRgba8(i) => i.pixels().map(|p| luma([p.0[0], p.0[1], p.0[2]])).collect(),
+        DynamicImage::ImageLuma16(i) => i.pixels().map(|p| eight_bits(p.0[0])).collect(),
+        DynamicImage::ImageLumaA16(i) => i.pixels().map(|p| eight_bits(p.0[0])).collect(),
+        DynamicImage::ImageRgb16(i) => i.pixels().map(|p| luma(p.0.map(eight_bits))).collect(),
+        other => other
+            .to_rgba16()
+            .pixels()
+            .map(|p| luma([p.0[0], p.0[1], p.0[2]].map(eight_bits)))
+            .collect(),
+    };
+    Gray {
+        width: image.width() as usize,
+        height: image.height() as usize,
+        pixels,
+    }
+}
+
+/// Rec. 601 luma, rounded, with weights that sum to 2¹⁶.
+fn luma([r, g, b]: [u8; 3]) -> u8 {
+    ((19595 * u32::from(r) + 38470 * u32::from(g) + 7471 * u32::from(b) + 0x8000) >> 16) as u8
+}
+
+/// `v · 255 / 65535`, rounded.
+fn eight_bits(v: u16) -> u8 {
+    ((u32::from(v) + 128) / 257) as u8
+}
+
+/// The largest of R, G and B at every pixel, on the file's own scale, and that scale's maximum.
+fn brightest(image: &DynamicImage) -> (Vec<u16>, u16) {
+    use image::ColorType::{L16, La16, Rgb16, Rgba16};
+    let rgb = |p: &[u16]| p[0].max(p[1]).max(p[2]);
+    match image.color() {
+        L16 | La16 | Rgb16 | Rgba16 => {
+            let wide = image.to_rgb16();
+            (wide.pixels().map(|p| rgb(&p.0)).collect(), u16::MAX)
+        }
+        _ => {
+            let wide = image.to_rgb8();
+            let max = |p: &image::Rgb<u8>| u16::from(p.0[0].max(p.0[1]).max(p.0[2]));
+            (wide.pixels().map(max).collect(), 255)
+        }
+    }
+}
+
+pub(super) fn to_mask(image: &DynamicImage) -> Gray {
+    let (values, full) = brightest(image);
+    let threshold = match values.iter().max() {
+        Some(1) => 1,
+        _ => full / 2 + 1,
+    };
+    Gray {
+        width: image.width() as usize,
+        height: image.height() as usize,
+        pixels: values
+            .iter()
+            .map(|&v| if v >= threshold { 255 } else { 0 })
+            .collect(),
+    }
+}
+
+/// Writes a grey PNG; the file appears whole or not at all.
+///
+/// # Errors
+/// [`Error::File`] if the folder is missing or not writable, or the disk is full.
+pub fn write_png(path: &Path, image: &Gray) -> Result<()> {
+    let bytes = encode(
+        &image.pixels,
+        image.width,
+        image.height,
+        ExtendedColorType::L8,
+    );
+    write_atomically(path, &bytes)
+}
+
+/// Writes an RGB PNG from `height × width × 3` bytes; the file appears whole or not at all.
+///
+/// # Errors
+/// As [`write_png`].
+///
+/// # Panics
+/// If `rgb` does not hold `width · height · 3` bytes.
+pub fn write_png_rgb(path: &Path, width: usize, height: usize, rgb: &[u8]) -> Result<()> {
+    write_atomically(path, &encode(rgb, width, height, ExtendedColorType::Rgb8))
+}
+
+/// The bytes of a grey PNG, packed as small as the encoder can.
+pub(super) fn png_bytes(image: &Gray) -> Vec<u8> {
+    encode(
+        &image.pixels,
+        image.width,
+        image.height,
+        ExtendedColorType::L8,
+    )
+}
+
+fn encode(pixels: &[u8], width: usize, height: usize, color: ExtendedColorType) -> Vec<u8> {
+    use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+    let mut bytes = Vec::new();
+    PngEncoder::new_with_quality(&mut bytes, CompressionType::Default, FilterType::Adaptive)
+        .write_image(pixels, width as u32, height as u32, color)
+        .expect("a PNG of the right number of bytes, written to memory");
+    bytes
+}
+
+/// Writes `bytes` to a temporary file beside `path`, syncs it and renames it into place, so that
+/// `path` holds either its old content or all of the new.
+///
+/// # Errors
+/// [`Error::File`] if the folder is missing or not writable, or the disk is full.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let folder = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    // A temporary file is private by default; the result should follow the user's umask.
+    #[cfg(unix)]
+    let builder = {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666))
+    };
+    let write = || -> std::io::Result<()> {
+        let mut file = builder.tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(|e| Error::caused(path, "cannot be written", e))
+}
