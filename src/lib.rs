@@ -1,6 +1,7 @@
 //! echograd: multi-task breast-ultrasound training in Rust.
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
@@ -8,6 +9,7 @@ pub mod features;
 pub mod gradcheck;
 pub mod metrics;
 pub mod ops;
+pub mod report;
 pub mod tape;
 pub mod tensor;
 
