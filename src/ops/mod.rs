@@ -9,6 +9,7 @@
 //! not cleared between steps), allocates nothing, and gives the same bits at any number of threads:
 //! work is split into pieces of fixed size and partial sums are added in a fixed order.
 
+pub mod conv2d;
 pub mod pointwise;
 
 use std::fmt::Debug;
@@ -128,5 +129,7 @@ pub fn registry() -> Vec<Entry> {
         entry("add", "a + b", pointwise::add_case),
         entry("mul", "a · b", pointwise::mul_case),
         entry("relu", "max(x, 0)", pointwise::relu_case),
+        entry("conv2d", "x ∗ w", conv2d::conv2d_case),
+        entry("linear", "x·wᵀ", conv2d::linear_case),
     ]
 }

@@ -1,0 +1,249 @@
+//! Two-dimensional convolution and its gradients, on tensors `N×H×W×C` with weights `out×kh×kw×in`.
+//!
+//! [`Conv2d`] is the operation; a linear layer is the convolution with a 1×1 kernel of a 1×1 image
+//! ([`Conv2d::linear`]). [`forward`], [`input_gradient`] and [`weight_gradient`] compute on slices.
+//!
+//! All three are direct: no matrix of patches is built. One micro-kernel (`tile`) holds a block of sums in
+//! registers; `correlate` walks it over the output of a convolution or the input gradient, `weights` over the
+//! weight gradient.
+
+mod correlate;
+mod geometry;
+mod tile;
+mod weights;
+
+pub use geometry::{Geometry, forward, input_gradient, weight_gradient};
+
+use super::{Kernel, Op};
+use crate::device::cpu::Io;
+use crate::device::simd::Level;
+use crate::error::{Error, Result};
+use crate::gradcheck::{Case, Sampler};
+use crate::tape::Backward;
+use crate::tensor::{Real, Shape};
+
+/// `y = x ∗ w`, inputs `x` (`N×H×W×C`) and `w` (`out×kh×kw×C`); rows before columns in both parameters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Conv2d {
+    /// How far the kernel moves from one output pixel to the next.
+    pub stride: [usize; 2],
+    /// Zeros around the image, on either side.
+    pub padding: [usize; 2],
+}
+
+impl Conv2d {
+    /// The same stride and padding along both axes.
+    pub const fn new(stride: usize, padding: usize) -> Self {
+        Self {
+            stride: [stride; 2],
+            padding: [padding; 2],
+        }
+    }
+
+    /// `y = x·wᵀ` for vectors `N×1×1×C` and weights `out×1×1×C`.
+    pub const fn linear() -> Self {
+        Self::new(1, 0)
+    }
+
+    fn geometry(&self, x: Shape, w: Shape) -> Result<Geometry> {
+        Geometry::new(x, w, self.stride, self.padding)
+    }
+
+    /// The geometry of shapes that [`Op::outputs`] has accepted.
+    fn accepted(&self, x: Shape, w: Shape) -> Geometry {
+        self.geometry(x, w)
+            .expect("the shape rule accepts only what has a geometry")
+    }
+}
+
+impl<T: Real> Kernel<T> for Conv2d {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let geometry = self.accepted(io.input_shape(0), io.input_shape(1));
+        let (x, w) = (io.input(0), io.input(1));
+        forward(
+            Level::current(),
+            &geometry,
+            x,
+            w,
+            io.output(0),
+            io.scratch(),
+        );
+    }
+}
+
+impl Op for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        Ok(vec![self.geometry(inputs[0], inputs[1])?.output()])
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        self.accepted(inputs[0], inputs[1]).flops()
+    }
+    fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        self.accepted(inputs[0], inputs[1]).forward_scratch()
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = at.gradient(0) else {
+            return Ok(());
+        };
+        let (x, w) = (at.input(0), at.input(1));
+        let geometry = self.geometry(at.shape(x), at.shape(w))?;
+        if at.wants(0) {
+            let dx = at.push(Conv2dInputGradient { geometry }, &[w, dy])?;
+            at.set(0, dx)?;
+        }
+        if at.wants(1) {
+            let dw = at.push(Conv2dWeightGradient { geometry }, &[x, dy])?;
+            at.set(1, dw)?;
+        }
+        Ok(())
+    }
+}
+
+/// The gradient of [`Conv2d`] for `x`; inputs `w`, `dy`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Conv2dInputGradient {
+    /// Extents of the convolution.
+    pub geometry: Geometry,
+}
+
+impl<T: Real> Kernel<T> for Conv2dInputGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let (w, dy) = (io.input(0), io.input(1));
+        let (dx, scratch) = (io.output(0), io.scratch());
+        input_gradient(Level::current(), &self.geometry, w, dy, dx, scratch);
+    }
+}
+
+impl Op for Conv2dInputGradient {
+    fn name(&self) -> &'static str {
+        "conv2d_input_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        expect(
+            self.name(),
+            inputs,
+            [self.geometry.w, self.geometry.output()],
+        )?;
+        Ok(vec![self.geometry.x])
+    }
+    fn flops(&self, _: &[Shape], _: &[Shape]) -> u64 {
+        self.geometry.flops()
+    }
+    fn scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
+        self.geometry.input_gradient_scratch()
+    }
+}
+
+/// The gradient of [`Conv2d`] for `w`; inputs `x`, `dy`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Conv2dWeightGradient {
+    /// Extents of the convolution.
+    pub geometry: Geometry,
+}
+
+impl<T: Real> Kernel<T> for Conv2dWeightGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let (x, dy) = (io.input(0), io.input(1));
+        let (dw, scratch) = (io.output(0), io.scratch());
+        weight_gradient(Level::current(), &self.geometry, x, dy, dw, scratch);
+    }
+}
+
+impl Op for Conv2dWeightGradient {
+    fn name(&self) -> &'static str {
+        "conv2d_weight_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        expect(
+            self.name(),
+            inputs,
+            [self.geometry.x, self.geometry.output()],
+        )?;
+        Ok(vec![self.geometry.w])
+    }
+    fn flops(&self, _: &[Shape], _: &[Shape]) -> u64 {
+        self.geometry.flops()
+    }
+    fn scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
+        self.geometry.weight_gradient_scratch()
+    }
+}
+
+fn expect(op: &'static str, inputs: &[Shape], expected: [Shape; 2]) -> Result<()> {
+    if inputs == expected {
+        Ok(())
+    } else {
+        Err(Error::shape(
+            op,
+            format!("expected {expected:?}, found {inputs:?}"),
+        ))
+    }
+}
+
+pub(super) fn conv2d_case(s: &mut Sampler) -> Case {
+    let mut axis = || {
+        let (kernel, stride) = (s.size(1, 4), s.size(1, 3));
+        let padding = s.size(0, kernel);
+        // The smallest image that the kernel fits on, or a larger one.
+        let extent = kernel.saturating_sub(2 * padding).max(1) + s.size(0, 5);
+        (kernel, stride, padding, extent)
+    };
+    let (kh, sh, ph, h) = axis();
+    let (kw, sw, pw, w) = axis();
+    let (n, c, out) = (s.size(1, 3), s.size(1, 4), s.size(1, 4));
+    let op = Conv2d {
+        stride: [sh, sw],
+        padding: [ph, pw],
+    };
+    case(s, op, Shape::new(n, h, w, c), Shape::new(out, kh, kw, c))
+}
+
+pub(super) fn linear_case(s: &mut Sampler) -> Case {
+    let (n, c, out) = (s.size(1, 5), s.size(1, 9), s.size(1, 5));
+    let w = Shape::new(out, 1, 1, c);
+    case(s, Conv2d::linear(), Shape::per_image(n, c), w)
+}
+
+fn case(s: &mut Sampler, op: Conv2d, x: Shape, w: Shape) -> Case {
+    let description = format!(
+        "{x} ∗ {w}, stride {:?}, padding {:?}",
+        op.stride, op.padding
+    );
+    Case::new(description, move |t, v| Ok(vec![t.push(op, v)?]))
+        .with("x", x, s.values(x.len(), -1.0, 1.0))
+        .with("w", w, s.values(w.len(), -1.0, 1.0))
+}
+
+/// Cuts `extent` into as few pieces of at most `most` as will do, all of one size but the last, and gives that
+/// size and the number of pieces.
+fn pieces(extent: usize, most: usize) -> (usize, usize) {
+    let size = extent.div_ceil(extent.div_ceil(most));
+    (size, extent.div_ceil(size))
+}
+
+/// A pointer whose users write to places of their own.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+
+// SAFETY: every user of a `Shared` justifies that its accesses overlap with nobody's.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// The place of element `index`.
+    ///
+    /// # Safety
+    /// It must lie in the slice that the pointer was made from.
+    #[inline(always)]
+    unsafe fn at(self, index: usize) -> *mut T {
+        // SAFETY: the caller's.
+        unsafe { self.0.add(index) }
+    }
+}
+
+#[cfg(test)]
+mod tests;
