@@ -9,7 +9,10 @@
 //! not cleared between steps), allocates nothing, and gives the same bits at any number of threads:
 //! work is split into pieces of fixed size and partial sums are added in a fixed order.
 
+pub mod concat;
 pub mod conv2d;
+pub mod dropout;
+pub mod losses;
 pub mod pointwise;
 
 use std::fmt::Debug;
@@ -128,8 +131,42 @@ pub fn registry() -> Vec<Entry> {
     vec![
         entry("add", "a + b", pointwise::add_case),
         entry("mul", "a · b", pointwise::mul_case),
+        entry("scale", "factor · x", pointwise::scale_case),
+        entry("bias_add", "x + b", pointwise::bias_add_case),
         entry("relu", "max(x, 0)", pointwise::relu_case),
         entry("conv2d", "x ∗ w", conv2d::conv2d_case),
         entry("linear", "x·wᵀ", conv2d::linear_case),
+        entry("silu", "x·σ(x)", pointwise::silu_case),
+        entry("sigmoid", "σ(x)", pointwise::sigmoid_case),
+        entry("dropout", "x or 0, at random", dropout::case),
+        entry("concat", "channels of several tensors", concat::case),
+        entry(
+            "bce_with_logits",
+            "cross-entropy per image",
+            losses::bce_case,
+        ),
+        entry("soft_dice", "1 − Dice per image", losses::soft_dice_case),
+        entry("mse", "mean (a − b)² per image", losses::mse_case),
+        entry("weighted_mean", "Σwv / Σw", losses::weighted_mean_case),
     ]
+}
+
+/// Applies an operation with one output once.
+#[cfg(test)]
+pub(crate) fn apply<T: crate::device::cpu::Element>(
+    op: impl Op + 'static,
+    inputs: &[(Shape, &[T])],
+) -> Vec<T> {
+    use crate::device::cpu::Session;
+    use crate::tape::{Plan, Tape};
+    let mut tape = Tape::new();
+    let vars: Vec<Var> = inputs.iter().map(|i| tape.input("input", i.0)).collect();
+    let y = tape.push(op, &vars).unwrap();
+    tape.keep(y);
+    let mut session = Session::<T>::new(Plan::new(&tape, Default::default()).unwrap()).unwrap();
+    for (&var, input) in vars.iter().zip(inputs) {
+        session.write(var, input.1);
+    }
+    session.run();
+    session.read(y).to_vec()
 }

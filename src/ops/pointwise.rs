@@ -1,7 +1,9 @@
 //! Operations on single elements.
 //!
-//! Broadcasting is of one kind only: an operand with one value per channel (`1×1×1×C`) or per image
-//! and channel (`N×1×1×C`) against a full tensor, see [`Mul`].
+//! Broadcasting is of one kind only: in [`Add`] and [`Mul`], the second operand may have one value per
+//! channel (`1×1×1×C`) or per image and channel (`N×1×1×C`).
+//!
+//! Costs count a comparison, a division and an exponential as one operation each.
 
 use std::sync::Arc;
 
@@ -9,51 +11,159 @@ use rayon::prelude::*;
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::simd::{self, Lanes};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
 use crate::tensor::{Real, Shape};
 
 /// Elements of one piece of parallel work: a fixed size, so that results cannot depend on threads.
-const PIECE: usize = 1 << 14;
+pub(super) const PIECE: usize = 1 << 14;
+
+/// Elements that loops over rows of few channels handle at a time, as a whole number of rows.
+const WIDTH: usize = 64;
+
+/// A function of one element, written once for the lanes of every instruction set.
+pub(super) trait Unary<T: Real>: Copy + Send + Sync {
+    fn at<L: Lanes<Elem = T>>(self, x: L) -> L;
+}
+
+/// A function of two elements.
+pub(super) trait Binary<T: Real>: Copy + Send + Sync {
+    fn at<L: Lanes<Elem = T>>(self, a: L, b: L) -> L;
+}
 
 /// `y = f(x)` for input 0, in place where the plan says so.
-fn map<T: Real>(io: &mut Io<'_, T>, f: impl Fn(T) -> T + Sync) {
+pub(super) fn map<T: Real>(io: &mut Io<'_, T>, f: impl Unary<T>) {
     let y = io.output(0);
-    if io.in_place() {
-        y.par_chunks_mut(PIECE)
-            .for_each(|y| y.iter_mut().for_each(|y| *y = f(*y)));
-    } else {
-        let x = io.input(0);
-        y.par_chunks_mut(PIECE)
-            .zip(x.par_chunks(PIECE))
-            .for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)));
+    let x = (!io.in_place()).then(|| io.input(0));
+    y.par_chunks_mut(PIECE).enumerate().for_each(|(i, y)| {
+        let x = x.map(|x| &x[i * PIECE..][..y.len()]);
+        simd::dispatch(Map { f, x, y });
+    });
+}
+
+/// `y = f(x)`, or `y = f(y)` where there is no `x`.
+struct Map<'a, T, F> {
+    f: F,
+    x: Option<&'a [T]>,
+    y: &'a mut [T],
+}
+
+impl<T: Real, F: Unary<T>> simd::Kernel<T> for Map<'_, T, F> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        match self.x {
+            Some(x) => {
+                for (x, y) in x.chunks(L::N).zip(self.y.chunks_mut(L::N)) {
+                    self.f.at(L::load_first(x)).store_first(y);
+                }
+            }
+            None => {
+                for y in self.y.chunks_mut(L::N) {
+                    self.f.at(L::load_first(y)).store_first(y);
+                }
+            }
+        }
     }
 }
 
-/// `y = f(a, b)` for inputs 0 and 1, in place of input 0 where the plan says so.
-fn zip<T: Real>(io: &mut Io<'_, T>, f: impl Fn(T, T) -> T + Sync) {
+/// `y = f(a, b)` for inputs 0 and 1, in place of input 0 where the plan says so. Input 1 has the
+/// same shape or is broadcast.
+pub(super) fn zip<T: Real>(io: &mut Io<'_, T>, f: impl Binary<T>) {
+    let (shape, other) = (io.output_shape(0), io.input_shape(1));
     let (y, b) = (io.output(0), io.input(1));
-    if io.in_place() {
-        y.par_chunks_mut(PIECE)
-            .zip(b.par_chunks(PIECE))
-            .for_each(|(y, b)| y.iter_mut().zip(b).for_each(|(y, &b)| *y = f(*y, b)));
-    } else {
-        let a = io.input(0);
-        y.par_chunks_mut(PIECE)
-            .zip(a.par_chunks(PIECE))
-            .zip(b.par_chunks(PIECE))
-            .for_each(|((y, a), b)| {
-                y.iter_mut()
-                    .zip(a)
-                    .zip(b)
-                    .for_each(|((y, &a), &b)| *y = f(a, b))
-            });
+    let a = (!io.in_place()).then(|| io.input(0));
+    if shape == other {
+        y.par_chunks_mut(PIECE).enumerate().for_each(|(i, y)| {
+            let at = i * PIECE..i * PIECE + y.len();
+            let a = a.map(|a| &a[at.clone()]);
+            simd::dispatch(Zip { f, a, b: &b[at], y });
+        });
+        return;
+    }
+    let (group, piece) = (y.len() / other.n, rows_of_piece(shape.c) * shape.c);
+    y.par_chunks_mut(group).enumerate().for_each(|(g, y)| {
+        let a = a.map(|a| &a[g * group..][..group]);
+        let b = &b[g * shape.c..][..shape.c];
+        y.par_chunks_mut(piece).enumerate().for_each(|(i, y)| {
+            let a = a.map(|a| &a[i * piece..][..y.len()]);
+            simd::dispatch(ZipRows { f, a, b, y });
+        });
+    });
+}
+
+/// Rows of `c` channels in one piece of parallel work.
+pub(super) fn rows_of_piece(c: usize) -> usize {
+    (PIECE / c).max(1)
+}
+
+/// `y = f(a, b)`, or `y = f(y, b)` where there is no `a`.
+struct Zip<'a, T, F> {
+    f: F,
+    a: Option<&'a [T]>,
+    b: &'a [T],
+    y: &'a mut [T],
+}
+
+impl<T: Real, F: Binary<T>> simd::Kernel<T> for Zip<'_, T, F> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        let pairs = self.b.chunks(L::N).zip(self.y.chunks_mut(L::N));
+        match self.a {
+            Some(a) => {
+                for (a, (b, y)) in a.chunks(L::N).zip(pairs) {
+                    let value = self.f.at(L::load_first(a), L::load_first(b));
+                    value.store_first(y);
+                }
+            }
+            None => {
+                for (b, y) in pairs {
+                    let value = self.f.at(L::load_first(y), L::load_first(b));
+                    value.store_first(y);
+                }
+            }
+        }
+    }
+}
+
+/// As [`Zip`], with the same `b` for each row. Rows of few channels are taken several at a time
+/// against as many copies of `b`, so that their lanes are full.
+struct ZipRows<'a, T, F> {
+    f: F,
+    a: Option<&'a [T]>,
+    b: &'a [T],
+    y: &'a mut [T],
+}
+
+impl<T: Real, F: Binary<T>> simd::Kernel<T> for ZipRows<'_, T, F> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        let (f, c) = (self.f, self.b.len());
+        let mut copies = [T::zero(); WIDTH];
+        let b = match WIDTH / c {
+            0 => self.b,
+            rows => {
+                let copies = &mut copies[..rows * c];
+                copies
+                    .chunks_exact_mut(c)
+                    .for_each(|row| row.copy_from_slice(self.b));
+                copies
+            }
+        };
+        for (i, y) in self.y.chunks_mut(b.len()).enumerate() {
+            let a = self.a.map(|a| &a[i * b.len()..][..y.len()]);
+            let b = &b[..y.len()];
+            Zip { f, a, b, y }.run::<L>();
+        }
     }
 }
 
 /// The shape rule of operations whose inputs all have one shape, which is the output's too.
-fn same(op: &'static str, inputs: &[Shape]) -> Result<Vec<Shape>> {
+pub(super) fn same(op: &'static str, inputs: &[Shape]) -> Result<Vec<Shape>> {
     match inputs.iter().find(|&&s| s != inputs[0]) {
         Some(other) => Err(Error::shape(
             op,
@@ -61,6 +171,19 @@ fn same(op: &'static str, inputs: &[Shape]) -> Result<Vec<Shape>> {
         )),
         None => Ok(vec![inputs[0]]),
     }
+}
+
+/// The shape rule of operations with a broadcast second operand.
+fn broadcast(op: &'static str, inputs: &[Shape]) -> Result<Vec<Shape>> {
+    let (a, b) = (inputs[0], inputs[1]);
+    if b == a || b == Shape::per_channel(a.c) || b == Shape::per_image(a.n, a.c) {
+        return Ok(vec![a]);
+    }
+    let (channel, image) = (Shape::per_channel(a.c), Shape::per_image(a.n, a.c));
+    Err(Error::shape(
+        op,
+        format!("expected {a}, {channel} or {image}, found {b}"),
+    ))
 }
 
 /// A constant tensor.
@@ -96,13 +219,20 @@ impl Op for Fill {
     }
 }
 
-/// `y = a + b`, equal shapes.
+/// `y = a + b`; `b` may be broadcast, its gradient is then the sum over what shared it.
 #[derive(Clone, Copy, Debug)]
 pub struct Add;
 
+impl<T: Real> Binary<T> for Add {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, a: L, b: L) -> L {
+        a + b
+    }
+}
+
 impl<T: Real> Kernel<T> for Add {
     fn run(&self, io: &mut Io<'_, T>) {
-        zip(io, |a, b| a + b);
+        zip(io, *self);
     }
 }
 
@@ -111,7 +241,84 @@ impl Op for Add {
         "add"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        same(self.name(), inputs)
+        broadcast(self.name(), inputs)
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        add_backward(at)
+    }
+}
+
+fn add_backward(at: &mut Backward<'_>) -> Result<()> {
+    let Some(dy) = at.gradient(0) else {
+        return Ok(());
+    };
+    at.set(0, dy)?;
+    let shape = at.shape(at.input(1));
+    if shape == at.shape(dy) {
+        at.set(1, dy)?;
+    } else if at.wants(1) {
+        let gradient = at.push(SumTo { shape }, &[dy])?;
+        at.set(1, gradient)?;
+    }
+    Ok(())
+}
+
+/// `y = x + b` with one `b` per channel (`1×1×1×C`): [`Add`] under the name it has in a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct BiasAdd;
+
+impl<T: Real> Kernel<T> for BiasAdd {
+    fn run(&self, io: &mut Io<'_, T>) {
+        zip(io, Add);
+    }
+}
+
+impl Op for BiasAdd {
+    fn name(&self) -> &'static str {
+        "bias_add"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        let expected = Shape::per_channel(inputs[0].c);
+        if inputs[1] != expected {
+            let problem = format!("expected a bias of {expected}, found {}", inputs[1]);
+            return Err(Error::shape(self.name(), problem));
+        }
+        Ok(vec![inputs[0]])
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        add_backward(at)
+    }
+}
+
+/// `y = a · b`; `b` may be broadcast, its gradient is then the sum over what shared it.
+#[derive(Clone, Copy, Debug)]
+pub struct Mul;
+
+impl<T: Real> Binary<T> for Mul {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, a: L, b: L) -> L {
+        a * b
+    }
+}
+
+impl<T: Real> Kernel<T> for Mul {
+    fn run(&self, io: &mut Io<'_, T>) {
+        zip(io, *self);
+    }
+}
+
+impl Op for Mul {
+    fn name(&self) -> &'static str {
+        "mul"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        broadcast(self.name(), inputs)
     }
     fn in_place(&self) -> Option<usize> {
         Some(0)
@@ -120,24 +327,160 @@ impl Op for Add {
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
-        at.set(0, dy)?;
-        at.set(1, dy)
+        let (a, b) = (at.input(0), at.input(1));
+        if at.wants(0) {
+            let gradient = at.push(Mul, &[dy, b])?;
+            at.set(0, gradient)?;
+        }
+        if at.wants(1) {
+            let shape = at.shape(b);
+            let gradient = if shape == at.shape(a) {
+                at.push(Mul, &[dy, a])?
+            } else {
+                at.push(SumTo { shape }, &[dy, a])?
+            };
+            at.set(1, gradient)?;
+        }
+        Ok(())
     }
 }
 
-/// `y = a · b`, equal shapes.
+/// The gradient of a broadcast operand: the sum of the input, or of the product of two inputs, over
+/// all pixels (and, for `1×1×1×C`, all images) that shared one of its elements.
+///
+/// Pieces of fixed size are summed into `f64` and rounded; the pieces are then added in order.
 #[derive(Clone, Copy, Debug)]
-pub struct Mul;
+pub struct SumTo {
+    /// Extent of the operand.
+    pub shape: Shape,
+}
 
-impl<T: Real> Kernel<T> for Mul {
-    fn run(&self, io: &mut Io<'_, T>) {
-        zip(io, |a, b| a * b);
+impl SumTo {
+    /// Pieces of work for one row of the result.
+    fn pieces(&self, x: Shape) -> usize {
+        (x.rows() / self.shape.n).div_ceil(rows_of_piece(x.c))
     }
 }
 
-impl Op for Mul {
+impl<T: Real> Kernel<T> for SumTo {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let shape = io.input_shape(0);
+        let (c, pieces) = (shape.c, self.pieces(shape));
+        let (group, piece) = (shape.len() / self.shape.n, rows_of_piece(c) * c);
+        let a = io.input(0);
+        let b = (io.inputs() == 2).then(|| io.input(1));
+        let partial = &mut io.scratch()[..self.shape.n * pieces * c];
+        partial.par_chunks_mut(c).enumerate().for_each(|(i, sums)| {
+            let start = (i % pieces) * piece;
+            let at = i / pieces * group + start..i / pieces * group + group.min(start + piece);
+            let (a, b) = (&a[at.clone()], b.map(|b| &b[at]));
+            simd::dispatch(SumRows { a, b, sums });
+        });
+        let rows = io.output(0).chunks_exact_mut(c);
+        for (row, partial) in rows.zip(partial.chunks_exact(pieces * c)) {
+            for (channel, sum) in row.iter_mut().enumerate() {
+                let column = partial[channel..].iter().step_by(c);
+                *sum = T::of(column.map(|x| x.wide()).sum());
+            }
+        }
+    }
+}
+
+impl Op for SumTo {
     fn name(&self) -> &'static str {
-        "mul"
+        "sum_to"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        same(self.name(), inputs)?;
+        broadcast(self.name(), &[inputs[0], self.shape])?;
+        Ok(vec![self.shape])
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        inputs.iter().map(|s| s.len() as u64).sum()
+    }
+    fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        self.shape.len() * self.pieces(inputs[0])
+    }
+}
+
+/// Column sums of the rows of `a`, or of `a · b`.
+struct SumRows<'a, T> {
+    a: &'a [T],
+    b: Option<&'a [T]>,
+    sums: &'a mut [T],
+}
+
+impl<T: Real> simd::Kernel<T> for SumRows<'_, T> {
+    type Out = ();
+    /// Walks down strips of at most `WIDTH` columns. Rows of few channels are taken several at a time,
+    /// as in [`ZipRows`]. Every 32 terms a sum moves on to `f64`.
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        let c = self.sums.len();
+        let wide = (WIDTH / c).max(1) * c;
+        self.sums.fill(T::zero());
+        for strip in (0..wide).step_by(WIDTH) {
+            let mut total = [0.0f64; WIDTH];
+            for block in (0..self.a.len()).step_by(32 * wide) {
+                let mut sum = [T::zero(); WIDTH];
+                let end = self.a.len().min(block + 32 * wide);
+                for row in (block..end).step_by(wide) {
+                    let at = end.min(row + strip)..end.min(row + wide).min(row + strip + WIDTH);
+                    let a = &self.a[at.clone()];
+                    match self.b {
+                        Some(b) => {
+                            for ((sum, &a), &b) in sum.iter_mut().zip(a).zip(&b[at]) {
+                                *sum += a * b;
+                            }
+                        }
+                        None => {
+                            for (sum, &a) in sum.iter_mut().zip(a) {
+                                *sum += a;
+                            }
+                        }
+                    }
+                }
+                for (total, sum) in total.iter_mut().zip(sum) {
+                    *total += sum.wide();
+                }
+            }
+            let columns = (wide - strip).min(WIDTH);
+            if wide == c {
+                for (sum, &total) in self.sums[strip..].iter_mut().zip(&total[..columns]) {
+                    *sum = T::of(total);
+                }
+            } else {
+                for (channel, sum) in self.sums.iter_mut().enumerate() {
+                    *sum = T::of(total[channel..columns].iter().step_by(c).sum());
+                }
+            }
+        }
+    }
+}
+
+/// `y = factor · x`.
+#[derive(Clone, Copy, Debug)]
+pub struct Scale {
+    /// The constant.
+    pub factor: f64,
+}
+
+impl<T: Real> Unary<T> for Scale {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
+        x * L::splat(T::of(self.factor))
+    }
+}
+
+impl<T: Real> Kernel<T> for Scale {
+    fn run(&self, io: &mut Io<'_, T>) {
+        map(io, *self);
+    }
+}
+
+impl Op for Scale {
+    fn name(&self) -> &'static str {
+        "scale"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
         same(self.name(), inputs)
@@ -149,12 +492,37 @@ impl Op for Mul {
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
-        for (this, other) in [(0, 1), (1, 0)] {
-            if at.wants(this) {
-                let gradient = at.push(Mul, &[dy, at.input(other)])?;
-                at.set(this, gradient)?;
-            }
+        let gradient = at.push(*self, &[dy])?;
+        at.set(0, gradient)
+    }
+}
+
+/// `y = x`, through which no gradient passes.
+#[derive(Clone, Copy, Debug)]
+pub struct StopGradient;
+
+impl<T: Real> Kernel<T> for StopGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        if !io.in_place() {
+            io.output(0).copy_from_slice(io.input(0));
         }
+    }
+}
+
+impl Op for StopGradient {
+    fn name(&self) -> &'static str {
+        "stop_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        same(self.name(), inputs)
+    }
+    fn flops(&self, _: &[Shape], _: &[Shape]) -> u64 {
+        0
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+    fn backward(&self, _: &mut Backward<'_>) -> Result<()> {
         Ok(())
     }
 }
@@ -163,10 +531,17 @@ impl Op for Mul {
 #[derive(Clone, Copy, Debug)]
 pub struct Relu;
 
+impl<T: Real> Unary<T> for Relu {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
+        // Not `max`: a NaN must pass on to where it is noticed.
+        L::select(x.lt(L::zero()), L::zero(), x)
+    }
+}
+
 impl<T: Real> Kernel<T> for Relu {
     fn run(&self, io: &mut Io<'_, T>) {
-        // Not `max`: a NaN must pass on to where it is noticed.
-        map(io, |x| if x < T::zero() { T::zero() } else { x });
+        map(io, *self);
     }
 }
 
@@ -196,9 +571,16 @@ impl Op for Relu {
 #[derive(Clone, Copy, Debug)]
 pub struct ReluGradient;
 
+impl<T: Real> Binary<T> for ReluGradient {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, dy: L, y: L) -> L {
+        L::select(L::zero().lt(y), dy, L::zero())
+    }
+}
+
 impl<T: Real> Kernel<T> for ReluGradient {
     fn run(&self, io: &mut Io<'_, T>) {
-        zip(io, |dy, y| if y > T::zero() { dy } else { T::zero() });
+        zip(io, *self);
     }
 }
 
@@ -214,26 +596,340 @@ impl Op for ReluGradient {
     }
 }
 
+/// `(σ(x), σ(−x))` to full relative accuracy in both tails; NaN for NaN.
+#[inline(always)]
+pub(super) fn sigmoid<L: Lanes>(x: L) -> (L, L) {
+    let one = L::splat(L::Elem::of(1.0));
+    let e = (-x.abs()).exp();
+    let large = one / (one + e);
+    let small = e * large;
+    let negative = x.lt(L::zero());
+    (
+        L::select(negative, small, large),
+        L::select(negative, large, small),
+    )
+}
+
+/// `y = σ(x) = 1/(1 + e⁻ˣ)`.
+///
+/// The gradient `σ(x)·σ(−x)` is taken from `x`: `1 − y` has no accuracy left where `y` is near 1, and
+/// `y` need not be kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Sigmoid;
+
+impl<T: Real> Unary<T> for Sigmoid {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
+        sigmoid(x).0
+    }
+}
+
+impl<T: Real> Kernel<T> for Sigmoid {
+    fn run(&self, io: &mut Io<'_, T>) {
+        map(io, *self);
+    }
+}
+
+impl Op for Sigmoid {
+    fn name(&self) -> &'static str {
+        "sigmoid"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        same(self.name(), inputs)
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        5 * inputs[0].len() as u64
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        Some((Arc::new(*self), inputs.to_vec()))
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = at.gradient(0) else {
+            return Ok(());
+        };
+        let gradient = at.push(SigmoidGradient, &[dy, at.input(0)])?;
+        at.set(0, gradient)
+    }
+}
+
+/// `dx = dy · σ(x)·σ(−x)`; inputs `dy`, `x`.
+#[derive(Clone, Copy, Debug)]
+pub struct SigmoidGradient;
+
+impl<T: Real> Binary<T> for SigmoidGradient {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, dy: L, x: L) -> L {
+        let (s, t) = sigmoid(x);
+        dy * (s * t)
+    }
+}
+
+impl<T: Real> Kernel<T> for SigmoidGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        zip(io, *self);
+    }
+}
+
+impl Op for SigmoidGradient {
+    fn name(&self) -> &'static str {
+        "sigmoid_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        same(self.name(), inputs)
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        7 * inputs[0].len() as u64
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+}
+
+/// `y = x·σ(x)` (Elfwing, Uchibe, Doya 2018), also called swish.
+#[derive(Clone, Copy, Debug)]
+pub struct Silu;
+
+impl<T: Real> Unary<T> for Silu {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
+        x * sigmoid(x).0
+    }
+}
+
+impl<T: Real> Kernel<T> for Silu {
+    fn run(&self, io: &mut Io<'_, T>) {
+        map(io, *self);
+    }
+}
+
+impl Op for Silu {
+    fn name(&self) -> &'static str {
+        "silu"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        same(self.name(), inputs)
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        6 * inputs[0].len() as u64
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        Some((Arc::new(*self), inputs.to_vec()))
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = at.gradient(0) else {
+            return Ok(());
+        };
+        let gradient = at.push(SiluGradient, &[dy, at.input(0)])?;
+        at.set(0, gradient)
+    }
+}
+
+/// `dx = dy · σ(x)·(1 + x·σ(−x))`; inputs `dy`, `x`.
+#[derive(Clone, Copy, Debug)]
+pub struct SiluGradient;
+
+impl<T: Real> Binary<T> for SiluGradient {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, dy: L, x: L) -> L {
+        let (s, t) = sigmoid(x);
+        dy * (s * x.mul_add(t, L::splat(T::one())))
+    }
+}
+
+impl<T: Real> Kernel<T> for SiluGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        zip(io, *self);
+    }
+}
+
+impl Op for SiluGradient {
+    fn name(&self) -> &'static str {
+        "silu_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        same(self.name(), inputs)
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        9 * inputs[0].len() as u64
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+}
+
 pub(super) fn add_case(s: &mut Sampler) -> Case {
-    binary_case(s, Add)
+    broadcast_case(s, Add)
 }
 
 pub(super) fn mul_case(s: &mut Sampler) -> Case {
-    binary_case(s, Mul)
+    broadcast_case(s, Mul)
 }
 
-fn binary_case(s: &mut Sampler, op: impl Op + Copy + 'static) -> Case {
+fn broadcast_case(s: &mut Sampler, op: impl Op + Copy + 'static) -> Case {
+    let a = s.shape();
+    let b = [a, Shape::per_channel(a.c), Shape::per_image(a.n, a.c)][s.size(0, 2)];
+    Case::new(format!("{a} with {b}"), move |t, v| {
+        Ok(vec![t.push(op, v)?])
+    })
+    .with("a", a, s.values(a.len(), -2.0, 2.0))
+    .with("b", b, s.values(b.len(), -2.0, 2.0))
+}
+
+pub(super) fn bias_add_case(s: &mut Sampler) -> Case {
     let shape = s.shape();
-    Case::new(format!("{shape}"), move |t, v| Ok(vec![t.push(op, v)?]))
-        .with("a", shape, s.values(shape.len(), -2.0, 2.0))
-        .with("b", shape, s.values(shape.len(), -2.0, 2.0))
+    let bias = Shape::per_channel(shape.c);
+    Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(BiasAdd, v)?]))
+        .with("x", shape, s.values(shape.len(), -2.0, 2.0))
+        .with("b", bias, s.values(bias.len(), -2.0, 2.0))
+}
+
+fn unary_case(s: &mut Sampler, op: impl Op + Copy + 'static, gap: f64, high: f64) -> Case {
+    let shape = s.shape();
+    let values = s.values_off_zero(shape.len(), gap, high);
+    Case::new(format!("{op:?} {shape}"), move |t, v| {
+        Ok(vec![t.push(op, v)?])
+    })
+    .with("x", shape, values)
+}
+
+pub(super) fn scale_case(s: &mut Sampler) -> Case {
+    let factor = s.uniform(-3.0, 3.0);
+    unary_case(s, Scale { factor }, 0.0, 2.0)
 }
 
 pub(super) fn relu_case(s: &mut Sampler) -> Case {
-    let shape = s.shape();
-    Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Relu, v)?])).with(
-        "x",
-        shape,
-        s.values_off_zero(shape.len(), 1e-3, 2.0),
-    )
+    unary_case(s, Relu, 1e-3, 2.0)
+}
+
+pub(super) fn sigmoid_case(s: &mut Sampler) -> Case {
+    unary_case(s, Sigmoid, 0.0, 6.0)
+}
+
+pub(super) fn silu_case(s: &mut Sampler) -> Case {
+    unary_case(s, Silu, 0.0, 6.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::apply;
+    use crate::tape::Tape;
+
+    /// Shapes that need several pieces, several strips of channels, and partial ones of each.
+    const LARGE: [Shape; 4] = [
+        Shape::new(2, 131, 127, 1),
+        Shape::new(3, 47, 61, 7),
+        Shape::new(2, 33, 29, 64),
+        Shape::new(2, 19, 21, 150),
+    ];
+
+    fn noise(len: usize, seed: u64) -> Vec<f64> {
+        Sampler::new(seed).values(len, -2.0, 2.0)
+    }
+
+    /// Index into a broadcast operand of `shape` for element `i` of `x`.
+    fn shared(shape: Shape, x: Shape, i: usize) -> usize {
+        let image = if shape.n == 1 { 0 } else { i / (x.len() / x.n) };
+        image * x.c + i % x.c
+    }
+
+    #[test]
+    fn broadcasting_and_its_sums_hold_over_many_pieces() {
+        for x in LARGE {
+            for shape in [Shape::per_channel(x.c), Shape::per_image(x.n, x.c)] {
+                let (a, dy) = (noise(x.len(), 1), noise(x.len(), 2));
+                let b = noise(shape.len(), 3);
+                let product = apply(Mul, &[(x, &a), (shape, &b)]);
+                let mut sums = vec![0.0; shape.len()];
+                let mut products = vec![0.0; shape.len()];
+                for i in 0..x.len() {
+                    let j = shared(shape, x, i);
+                    assert_eq!(product[i], a[i] * b[j], "{x} with {shape} at {i}");
+                    sums[j] += dy[i];
+                    products[j] += dy[i] * a[i];
+                }
+                let found = apply(SumTo { shape }, &[(x, &dy)]);
+                let found_products = apply(SumTo { shape }, &[(x, &dy), (x, &a)]);
+                for j in 0..shape.len() {
+                    approx::assert_relative_eq!(found[j], sums[j], epsilon = 1e-9);
+                    approx::assert_relative_eq!(found_products[j], products[j], epsilon = 1e-9);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_f32_are_as_good_as_their_elements() {
+        let x = Shape::new(4, 256, 256, 1);
+        let dy: Vec<f32> = noise(x.len(), 4).iter().map(|&v| v as f32 + 2.0).collect();
+        let exact: f64 = dy.iter().map(|&v| f64::from(v)).sum();
+        let shape = Shape::SCALAR;
+        let found = f64::from(apply(SumTo { shape }, &[(x, &dy)])[0]);
+        assert!((found / exact - 1.0).abs() < 2e-7, "{found} {exact}");
+    }
+
+    #[test]
+    fn both_tails_of_the_sigmoid_are_accurate_and_nan_passes() {
+        let x = [-700.0f64, -40.0, -1e-9, 0.0, 3.0, 40.0, 700.0];
+        let y = apply(Sigmoid, &[(Shape::per_channel(x.len()), &x)]);
+        for (x, y) in x.into_iter().zip(y) {
+            let exact = if x < 0.0 {
+                x.exp() / (1.0 + x.exp())
+            } else {
+                1.0 / (1.0 + (-x).exp())
+            };
+            approx::assert_relative_eq!(y, exact, max_relative = 4e-15);
+        }
+        let slope = apply(
+            SigmoidGradient,
+            &[(Shape::SCALAR, &[1.0f32]), (Shape::SCALAR, &[40.0])],
+        );
+        approx::assert_relative_eq!(slope[0], (-40.0f32).exp(), max_relative = 1e-6);
+        let one = [(Shape::SCALAR, &[f32::NAN][..])];
+        assert!(apply(Sigmoid, &one)[0].is_nan());
+        assert!(apply(Silu, &one)[0].is_nan());
+        assert!(apply(Relu, &one)[0].is_nan());
+        let extremes = [f32::NEG_INFINITY, -1e30, 1e30, f32::INFINITY];
+        let y = apply(Sigmoid, &[(Shape::per_channel(4), &extremes)]);
+        assert_eq!(y, [0.0, 0.0, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn stop_gradient_passes_values_and_no_gradient() {
+        let x = [1.0f32, -2.0];
+        assert_eq!(apply(StopGradient, &[(Shape::per_channel(2), &x)]), x);
+        let mut tape = Tape::new();
+        let x = tape.input("x", Shape::SCALAR);
+        let y = tape.push(StopGradient, &[x]).unwrap();
+        assert_eq!(tape.backward(y, &[x]).unwrap(), [None]);
+        let z = tape.push(Mul, &[x, y]).unwrap();
+        let dx = tape.backward(z, &[x]).unwrap()[0].unwrap();
+        tape.keep(dx);
+        let plan = crate::tape::Plan::new(&tape, Default::default()).unwrap();
+        let mut session = crate::device::cpu::Session::<f64>::new(plan).unwrap();
+        session.write(x, &[3.0]);
+        session.run();
+        assert_eq!(session.read(dx), [3.0]);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_named() {
+        let x = Shape::new(2, 3, 4, 5);
+        for wrong in [
+            Shape::per_channel(4),
+            Shape::per_image(3, 5),
+            Shape::new(2, 3, 1, 5),
+        ] {
+            let error = Mul.outputs(&[x, wrong]).unwrap_err().to_string();
+            assert!(error.starts_with("mul: ") && error.contains(&wrong.to_string()));
+        }
+        assert!(BiasAdd.outputs(&[x, Shape::per_image(2, 5)]).is_err());
+        assert!(Relu.outputs(&[x, Shape::SCALAR]).is_err());
+    }
 }
