@@ -3,12 +3,18 @@
 //! Results go to stdout, progress and logs to stderr. Every command returns its exit code or an
 //! error that `main` prints as one line with its causes below.
 
+pub mod data;
+pub mod features;
+pub mod pack;
 pub mod progress;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
+
+/// Sides of letterboxed images that are accepted, in pixels.
+const SIZE_RANGE: std::ops::RangeInclusive<i64> = 16..=4096;
 
 /// The command line.
 #[derive(Parser, Debug)]
@@ -36,7 +42,10 @@ pub struct Cli {
 }
 
 #[derive(Subcommand, Debug)]
-enum Command {}
+enum Command {
+    Features(features::Args),
+    Pack(pack::Args),
+}
 
 impl Cli {
     /// Runs the command.
@@ -49,7 +58,10 @@ impl Cli {
                 .num_threads(threads.into())
                 .build_global()?;
         }
-        match self.command {}
+        match self.command {
+            Command::Features(args) => args.run(),
+            Command::Pack(args) => args.run(),
+        }
     }
 }
 
