@@ -1,8 +1,6 @@
 //! The features against the table of check values, numerical derivatives and hostile masks.
 
-use echograd::features::{
-    Consistency, FitOptions, MaskSums, Prior, ShapeFeatures, Start, consistency,
-};
+use echograd::features::{FitOptions, MaskSums, Prior, ShapeFeatures, Start};
 use echograd::tensor::Real;
 use proptest::prelude::*;
 
@@ -493,37 +491,4 @@ fn gradients_of_the_prior() {
         }
         .phi(&rows[3])
     });
-}
-
-#[test]
-fn consistency_counts_measurable_images_of_positive_weight() {
-    let image = |p, phi, weight| Consistency {
-        p,
-        phi,
-        confidence: 0.5,
-        weight,
-    };
-    let images = [
-        image(0.9, Some(0.2), 1.0),
-        image(0.1, Some(0.4), 2.0),
-        image(0.5, None, 1.0),
-        image(0.5, Some(0.9), 0.0),
-    ];
-    let mut grad = [f64::NAN; 4];
-    let term = consistency(&images, 0.8, &mut grad);
-    let expected = 0.8 * 0.5 * (0.7f64.powi(2) + 2.0 * 0.3f64.powi(2)) / 2.0;
-    assert!((term - expected).abs() < 1e-15);
-    let at: Vec<f64> = images.iter().map(|image| image.p).collect();
-    assert_gradient(&at, &grad, STEP, |p| {
-        let moved: Vec<_> = images
-            .iter()
-            .zip(p)
-            .map(|(image, &p)| Consistency { p, ..*image })
-            .collect();
-        consistency(&moved, 0.8, &mut [0.0; 4])
-    });
-    assert_eq!(grad[2..], [0.0, 0.0]);
-
-    let nothing = [image(0.5, None, 1.0)];
-    assert_eq!(consistency(&nothing, 1.0, &mut [0.0]), 0.0);
 }

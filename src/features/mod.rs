@@ -36,13 +36,11 @@
 //! assert!(MaskSums::of(&[0.0_f32; 64 * 64], 64).features().is_none());
 //! ```
 
-mod consistency;
 mod moments;
 mod perimeter;
 mod prior;
 mod shape;
 
-pub use consistency::{Consistency, consistency};
 pub use moments::Moments;
 pub use perimeter::{EPSILON, perimeter, perimeter_backward};
 pub use prior::{FitOptions, Prior, Start};

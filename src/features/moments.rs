@@ -31,6 +31,22 @@ impl Moments {
     /// Number of moments.
     pub const COUNT: usize = 7;
 
+    /// From their values in order.
+    pub(crate) fn read<T: Real>(values: &[T]) -> Self {
+        bytemuck::cast(std::array::from_fn::<f64, { Self::COUNT }, _>(|k| {
+            values[k].wide()
+        }))
+    }
+
+    /// Their values in order.
+    pub(crate) fn write<T: Real>(self, values: &mut [T]) {
+        let array: [f64; Self::COUNT] = bytemuck::cast(self);
+        values
+            .iter_mut()
+            .zip(array)
+            .for_each(|(value, moment)| *value = T::of(moment));
+    }
+
     /// Of a row-major mask, `width` pixels a row.
     pub fn of<T: Real>(mask: &[T], width: usize) -> Self {
         // Raw moments about the image's centre, all in f64: what cancels below loses 1e-12 at most.

@@ -10,10 +10,16 @@
 //! work is split into pieces of fixed size and partial sums are added in a fixed order.
 
 pub mod concat;
+pub mod consistency;
 pub mod conv2d;
 pub mod dropout;
 pub mod losses;
+pub mod mask_head;
+pub mod moments;
+pub mod perimeter;
 pub mod pointwise;
+pub mod prior;
+pub mod shape_features;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -148,6 +154,24 @@ pub fn registry() -> Vec<Entry> {
         entry("soft_dice", "1 − Dice per image", losses::soft_dice_case),
         entry("mse", "mean (a − b)² per image", losses::mse_case),
         entry("weighted_mean", "Σwv / Σw", losses::weighted_mean_case),
+        entry(
+            "moments",
+            "area, Σm², first and central second moments",
+            moments::case,
+        ),
+        entry("perimeter", "Σ √(|∇m|² + ε²) − ε, Sobel", perimeter::case),
+        entry(
+            "shape_features",
+            "irregularity, orientation, margin, roundness",
+            shape_features::case,
+        ),
+        entry("prior", "σ(b + Σ w(f − μ)/s)", prior::case),
+        entry("consistency", "Σ confidence·(p − φ)²", consistency::case),
+        entry(
+            "mask_head",
+            "cross-entropy, Dice, moments, perimeter of a mask's logits",
+            mask_head::case,
+        ),
     ]
 }
 

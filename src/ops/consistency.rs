@@ -1,0 +1,155 @@
+//! The consistency of predicted malignancy with the prior of the predicted mask.
+
+use super::{Kernel, Op, control};
+use crate::device::cpu::Io;
+use crate::error::{Error, Result};
+use crate::gradcheck::{Case, Sampler};
+use crate::tape::Backward;
+use crate::tensor::{Real, Shape};
+
+/// `ramp · Σᵢ weightᵢ·confidenceᵢ·(p̂ᵢ − φᵢ)² / max(1, n)`, a scalar, with `n` the number of measurable
+/// images of positive weight.
+///
+/// Inputs, all but the last `N×1×1×1`: `p̂`, `φ`, measurable (1 or 0) and confidence of
+/// [`super::shape_features::ShapeFeatures`], weight, and the [`control`] vector, whose
+/// [`control::RAMP`] it reads. Only `p̂` and `φ` receive gradients.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Consistency {
+    /// No gradient into `p̂`: the classifier is not moved by the mask.
+    pub stop_p: bool,
+    /// No gradient into `φ`: neither the mask nor the prior's weights are moved by the classifier.
+    pub stop_phi: bool,
+}
+
+/// For each image the factor `ramp·weight·confidence / max(1, n)`, 0 where nothing is measurable, and
+/// the difference `p̂ − φ`. `first` is the position of `p̂` among the inputs.
+fn images<'a, T: Real>(io: &Io<'a, T>, first: usize) -> impl Iterator<Item = (f64, f64)> + 'a {
+    let [p, phi, measurable, confidence, weight] = std::array::from_fn(|i| io.input(first + i));
+    let ramp = io.input(first + 5)[control::RAMP].wide();
+    let counts = |i: usize| measurable[i] > T::zero() && weight[i] > T::zero();
+    let n = (0..p.len()).filter(|&i| counts(i)).count().max(1);
+    (0..p.len()).map(move |i| {
+        let factor = if counts(i) {
+            ramp * weight[i].wide() * confidence[i].wide() / n as f64
+        } else {
+            0.0
+        };
+        (factor, p[i].wide() - phi[i].wide())
+    })
+}
+
+impl<T: Real> Kernel<T> for Consistency {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let term: f64 = images(io, 0)
+            .map(|(factor, difference)| factor * difference * difference)
+            .sum();
+        io.output(0)[0] = T::of(term);
+    }
+}
+
+impl Op for Consistency {
+    fn name(&self) -> &'static str {
+        "consistency"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        let image = Shape::per_image(inputs[0].n, 1);
+        let expected = [
+            image,
+            image,
+            image,
+            image,
+            image,
+            Shape::per_channel(control::LEN),
+        ];
+        if inputs != expected {
+            let problem = format!(
+                "expected p, φ, measurable, confidence, weight and control {expected:?}, found {inputs:?}"
+            );
+            return Err(Error::shape(self.name(), problem));
+        }
+        Ok(vec![Shape::SCALAR])
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        6 * inputs[0].n as u64
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let Some(dterm) = at.gradient(0) else {
+            return Ok(());
+        };
+        let inputs = [
+            dterm,
+            at.input(0),
+            at.input(1),
+            at.input(2),
+            at.input(3),
+            at.input(4),
+            at.input(5),
+        ];
+        let gradients = at.push_all(ConsistencyGradient, &inputs)?;
+        for (i, stop) in [self.stop_p, self.stop_phi].into_iter().enumerate() {
+            if !stop {
+                at.set(i, gradients[i])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of [`Consistency`] with respect to `p̂` and `φ`; inputs `dterm` and those of
+/// [`Consistency`].
+#[derive(Clone, Copy, Debug)]
+pub struct ConsistencyGradient;
+
+impl<T: Real> Kernel<T> for ConsistencyGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let dterm = io.input(0)[0].wide();
+        let (dp, dphi) = (io.output(0), io.output(1));
+        for ((dp, dphi), (factor, difference)) in dp.iter_mut().zip(dphi).zip(images(io, 1)) {
+            let gradient = 2.0 * dterm * factor * difference;
+            *dp = T::of(gradient);
+            *dphi = T::of(-gradient);
+        }
+    }
+}
+
+impl Op for ConsistencyGradient {
+    fn name(&self) -> &'static str {
+        "consistency_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        Ok(inputs[1..3].to_vec())
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        6 * inputs[1].n as u64
+    }
+}
+
+pub(super) fn case(s: &mut Sampler) -> Case {
+    let n = s.size(1, 5);
+    let image = Shape::per_image(n, 1);
+    let flags = |s: &mut Sampler| {
+        (0..n)
+            .map(|_| f64::from(u8::from(s.chance(0.8))))
+            .collect::<Vec<_>>()
+    };
+    let (measurable, present) = (flags(s), flags(s));
+    let weight = s
+        .values(n, 0.5, 2.0)
+        .iter()
+        .zip(present)
+        .map(|(w, present)| w * present)
+        .collect();
+    Case::new(format!("{n} images"), |t, v| {
+        Ok(vec![t.push(Consistency::default(), v)?])
+    })
+    .with("p", image, s.values(n, 0.0, 1.0))
+    .with("φ", image, s.values(n, 0.0, 1.0))
+    .with_constant("measurable", image, measurable)
+    .with_constant("confidence", image, s.values(n, 0.0, 1.0))
+    .with_constant("weight", image, weight)
+    .with_constant(
+        "control",
+        Shape::per_channel(control::LEN),
+        s.values(control::LEN, 0.1, 1.0),
+    )
+}
