@@ -16,6 +16,7 @@ pub mod image;
 pub mod letterbox;
 pub mod loader;
 pub mod pack;
+pub mod phantom;
 pub mod split;
 mod table;
 pub mod uclm;
