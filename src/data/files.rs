@@ -132,7 +132,8 @@ fn check(entry: &Entry, read_mask: ReadMask) -> Result<Case, Flaw> {
             return Err(Flaw::mismatch(
                 &entry.masks[0],
                 format!(
-                    "expected a lesion, since the image is labelled {}, found a black mask",
+                    "expected a lesion, since the image is labelled {}, \
+                     found no pixel at half of full scale or above",
                     entry.label
                 ),
             ));
@@ -143,7 +144,7 @@ fn check(entry: &Entry, read_mask: ReadMask) -> Result<Case, Flaw> {
             if read_mask(path, entry.label)?.pixels.contains(&255) {
                 return Err(Flaw::mismatch(
                     path,
-                    "expected a black mask, since the image is labelled normal, found a lesion",
+                    "expected a black mask, since the image is labelled normal, found a lesion in it",
                 ));
             }
         }

@@ -1,10 +1,10 @@
 //! Reading of grey images and lesion masks, and writing of PNGs.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Seek, Write};
+use std::fs;
+use std::io::{Cursor, Write};
 use std::path::Path;
 
-use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageReader, Limits};
+use image::{DynamicImage, ExtendedColorType, ImageEncoder, ImageFormat, ImageReader, Limits};
 
 use crate::error::{Error, Result};
 
@@ -61,7 +61,7 @@ pub fn read_mask(path: &Path) -> Result<Gray> {
 /// # Errors
 /// As [`read`], as far as the header shows it.
 pub fn dimensions(path: &Path, bytes: &[u8]) -> Result<(usize, usize)> {
-    let (width, height) = reader(Cursor::new(bytes))
+    let (width, height) = reader(bytes)
         .and_then(|r| r.into_dimensions())
         .map_err(|e| unreadable(path, e))?;
     if width > MAX_SIDE || height > MAX_SIDE {
@@ -73,25 +73,22 @@ pub fn dimensions(path: &Path, bytes: &[u8]) -> Result<(usize, usize)> {
     Ok((width as usize, height as usize))
 }
 
+pub(super) fn decode(path: &Path) -> Result<DynamicImage> {
+    let bytes = fs::read(path).map_err(|e| Error::caused(path, "cannot be read", e))?;
+    decode_bytes(path, &bytes)
+}
+
 /// Decodes image bytes that came from `path`, as [`read`] does.
 pub(super) fn decode_bytes(path: &Path, bytes: &[u8]) -> Result<DynamicImage> {
-    decode_from(path, Cursor::new(bytes))
-}
-
-pub(super) fn decode(path: &Path) -> Result<DynamicImage> {
-    decode_from(path, open(path)?)
-}
-
-fn open(path: &Path) -> Result<BufReader<File>> {
-    let file = File::open(path).map_err(|e| Error::caused(path, "cannot be opened", e))?;
-    Ok(BufReader::new(file))
-}
-
-fn decode_from(path: &Path, input: impl BufRead + Seek) -> Result<DynamicImage> {
-    let image = reader(input)
-        .and_then(|r| r.decode())
-        .map_err(|e| unreadable(path, e))?;
-    match image {
+    let reader = reader(bytes).map_err(|e| unreadable(path, e))?;
+    // The decoder fills the missing part of a JPEG with grey and calls it a success.
+    if reader.format() == Some(ImageFormat::Jpeg) && !jpeg_ends(bytes) {
+        return Err(Error::file(
+            path,
+            "expected a complete JPEG, found no end-of-image marker: truncated",
+        ));
+    }
+    match reader.decode().map_err(|e| unreadable(path, e))? {
         DynamicImage::ImageRgb32F(_) | DynamicImage::ImageRgba32F(_) => Err(Error::file(
             path,
             "expected 8- or 16-bit integer pixels, found floating point",
@@ -100,9 +97,16 @@ fn decode_from(path: &Path, input: impl BufRead + Seek) -> Result<DynamicImage> 
     }
 }
 
+/// Whether an end-of-image marker follows the last start-of-scan marker. Neither occurs within
+/// compressed data, where a byte of 0xFF is followed by 0 or a restart marker.
+fn jpeg_ends(bytes: &[u8]) -> bool {
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
+    last([0xFF, 0xDA]).is_some_and(|scan| last([0xFF, 0xD9]) > Some(scan))
+}
+
 /// A reader that goes by content rather than by extension, with limits on what it allocates.
-fn reader<R: BufRead + Seek>(input: R) -> Result<ImageReader<R>, image::ImageError> {
-    let mut reader = ImageReader::new(input).with_guessed_format()?;
+fn reader(bytes: &[u8]) -> Result<ImageReader<Cursor<&[u8]>>, image::ImageError> {
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);

@@ -49,7 +49,10 @@ impl Table {
 
     /// A UTF-8 CSV, with or without a byte-order mark, separated by `separator`.
     pub fn csv(path: &Path, separator: u8) -> Result<Self> {
-        let bytes = fs::read(path).map_err(|e| Error::caused(path, "cannot be read", e))?;
+        let text = fs::read_to_string(path)
+            .map_err(|e| Error::caused(path, "expected a readable UTF-8 CSV", e))?
+            // With CRLF the csv crate counts lines one short.
+            .replace("\r\n", "\n");
         let malformed = |e: csv::Error| {
             Error::caused(
                 path,
@@ -61,7 +64,7 @@ impl Table {
         let mut reader = csv::ReaderBuilder::new()
             .delimiter(separator)
             .trim(csv::Trim::All)
-            .from_reader(&bytes[..]);
+            .from_reader(text.as_bytes());
         let header = reader.headers().map_err(malformed)?;
         let header = header.iter().map(str::to_owned).collect();
         let mut rows = Vec::new();
