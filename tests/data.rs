@@ -930,9 +930,9 @@ fn a_pack_gives_what_its_source_gave() {
     assert_eq!(packed.drops(), source.drops());
     let examples = data::load(&*source, 16, NOTHING).unwrap();
     assert_eq!(data::load(&*packed, 16, NOTHING).unwrap(), examples);
-    for i in 0..source.cases().len() {
+    for (i, example) in examples.iter().enumerate() {
         assert_eq!(packed.mask(i).unwrap(), source.mask(i).unwrap());
-        assert_eq!(packed.image(i).unwrap().pixels, examples[i].image);
+        assert_eq!(packed.image(i).unwrap().pixels, example.image);
     }
     assert_says(
         &refusal(data::load(&*packed, 32, NOTHING)),
