@@ -9,17 +9,24 @@
 //! not cleared between steps), allocates nothing, and gives the same bits at any number of threads:
 //! work is split into pieces of fixed size and partial sums are added in a fixed order.
 
+pub mod activation;
+pub mod batch_norm;
 pub mod concat;
 pub mod consistency;
 pub mod conv2d;
 pub mod dropout;
+pub mod group_norm;
 pub mod losses;
 pub mod mask_head;
 pub mod moments;
+mod norm;
 pub mod perimeter;
 pub mod pointwise;
+pub mod pool;
 pub mod prior;
+mod rows;
 pub mod shape_features;
+pub mod upsample;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -171,6 +178,33 @@ pub fn registry() -> Vec<Entry> {
             "mask_head",
             "cross-entropy, Dice, moments, perimeter of a mask's logits",
             mask_head::case,
+        ),
+        entry(
+            "batch_norm",
+            "activation of x normalised over the batch",
+            batch_norm::batch_norm_case,
+        ),
+        entry(
+            "normalize",
+            "activation of x normalised with given statistics",
+            batch_norm::normalize_case,
+        ),
+        entry(
+            "group_norm",
+            "activation of x normalised over groups of channels",
+            group_norm::group_norm_case,
+        ),
+        entry("max_pool2d", "maximum over windows", pool::max_pool2d_case),
+        entry("avg_pool2d", "average over windows", pool::avg_pool2d_case),
+        entry(
+            "global_avg_pool",
+            "average over images",
+            pool::global_avg_pool_case,
+        ),
+        entry(
+            "upsample2x",
+            "bilinear, twice the rows and columns",
+            upsample::upsample2x_case,
         ),
     ]
 }

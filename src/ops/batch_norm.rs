@@ -1,0 +1,232 @@
+//! Batch normalisation (Ioffe & Szegedy 2015) with the activation that follows it.
+
+use std::sync::Arc;
+
+use super::activation::Activation;
+use super::norm::{self, Norm, Statistics};
+use super::{Cost, Kernel, Op};
+use crate::device::cpu::Io;
+use crate::error::{Error, Result};
+use crate::gradcheck::{Case, Sampler};
+use crate::tape::{Backward, Var};
+use crate::tensor::{Real, Shape};
+
+/// Training mode. Inputs `x` (N×H×W×C), `gamma`, `beta` (per channel); outputs `y = a(γ·x̂ + β)` with
+/// `x̂ = (x − μ)/√(σ² + ε)`, and the batch's mean `μ` and biased variance `σ²`, both per channel.
+///
+/// Passes over memory: reads `x` twice, writes `y`. The gradient reads `x` and `dy` twice and writes
+/// `dx`, over `dy` where it can; it takes everything else from `x`, so `y` need not be kept.
+/// The gradient flows through `μ` and `σ²` into `x`, but these two outputs themselves are not
+/// differentiable: they are there for [`RunningStatistics`].
+#[derive(Clone, Copy, Debug)]
+pub struct BatchNorm {
+    /// Added to the variance.
+    pub eps: f64,
+    /// Applied to the result.
+    pub activation: Activation,
+}
+
+impl BatchNorm {
+    fn norm(&self) -> Norm {
+        Norm {
+            statistics: Statistics::Batch,
+            eps: self.eps,
+            activation: self.activation,
+        }
+    }
+}
+
+impl<T: Real> Kernel<T> for BatchNorm {
+    fn run(&self, io: &mut Io<'_, T>) {
+        self.norm().run(io);
+    }
+}
+
+impl Op for BatchNorm {
+    fn name(&self) -> &'static str {
+        "batch_norm"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        self.norm().check(self.name(), inputs)?;
+        let x = inputs[0];
+        if x.rows() < 2 {
+            return Err(Error::shape(
+                self.name(),
+                format!("expected at least 2 values per channel, found 1 in {x}"),
+            ));
+        }
+        Ok(vec![x, Shape::per_channel(x.c), Shape::per_channel(x.c)])
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        self.norm().flops(inputs[0])
+    }
+    fn cost(&self, inputs: &[Shape], outputs: &[Shape]) -> Cost {
+        Cost {
+            flops: self.flops(inputs, outputs),
+            elements: 3 * inputs[0].len() as u64,
+        }
+    }
+    fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        self.norm().scratch(inputs[0])
+    }
+    fn rerun(&self, inputs: &[Var], outputs: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        let again = Normalize {
+            eps: self.eps,
+            activation: self.activation,
+        };
+        Some((Arc::new(again), [inputs, &outputs[1..]].concat()))
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        norm::differentiable(self.name(), at)?;
+        let (mean, var) = (at.output(1), at.output(2));
+        self.norm().backward(at, mean, var)
+    }
+}
+
+/// Evaluation mode, and training mode's `y` again from kept statistics. Inputs `x` (N×H×W×C), `gamma`,
+/// `beta`, `mean`, `var` (per channel); output `y = a(γ·(x − μ)/√(σ² + ε) + β)`.
+///
+/// `mean` and `var` are constants: they have no gradient, and none flows through them into `x`.
+/// Passes over memory: reads `x`, writes `y` (in place where `x` is not read again). The gradient reads `x`
+/// and `dy` twice and writes `dx`.
+#[derive(Clone, Copy, Debug)]
+pub struct Normalize {
+    /// Added to the variance.
+    pub eps: f64,
+    /// Applied to the result.
+    pub activation: Activation,
+}
+
+impl Normalize {
+    fn norm(&self) -> Norm {
+        Norm {
+            statistics: Statistics::Constant,
+            eps: self.eps,
+            activation: self.activation,
+        }
+    }
+}
+
+impl<T: Real> Kernel<T> for Normalize {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let (mean, var) = (io.input(3), io.input(4));
+        let scratch = io.scratch();
+        self.norm().normalise(io, scratch, mean, var);
+    }
+}
+
+impl Op for Normalize {
+    fn name(&self) -> &'static str {
+        "normalize"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        self.norm().check(self.name(), inputs)?;
+        Ok(vec![inputs[0]])
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        self.norm().flops(inputs[0])
+    }
+    fn in_place(&self) -> Option<usize> {
+        Some(0)
+    }
+    fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        self.norm().scratch(inputs[0])
+    }
+    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        Some((Arc::new(*self), inputs.to_vec()))
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let (mean, var) = (at.input(3), at.input(4));
+        self.norm().backward(at, mean, var)
+    }
+}
+
+/// Moves running statistics towards those of a batch: for [`crate::tape::Tape::update`], inputs the `mean`
+/// and `var` of [`BatchNorm`], targets the running mean and variance (all per channel).
+///
+/// As in PyTorch, `momentum` is the weight of the new value, and the running variance is the unbiased one.
+#[derive(Clone, Copy, Debug)]
+pub struct RunningStatistics {
+    /// Weight of the batch, in 0..=1.
+    pub momentum: f64,
+    /// Values per channel that the batch's statistics were taken over, N·H·W; at least 2.
+    pub count: usize,
+}
+
+impl<T: Real> Kernel<T> for RunningStatistics {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let unbiased = self.count as f64 / (self.count - 1) as f64;
+        for (i, factor) in [(0, 1.0), (1, unbiased)] {
+            let (new, running) = (io.input(i), io.output(i));
+            let (keep, weight) = (T::of(1.0 - self.momentum), T::of(self.momentum * factor));
+            for (running, &new) in running.iter_mut().zip(new) {
+                *running = keep * *running + weight * new;
+            }
+        }
+    }
+}
+
+impl Op for RunningStatistics {
+    fn name(&self) -> &'static str {
+        "running_statistics"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        if self.count < 2 || inputs[0] != inputs[1] {
+            return Err(Error::shape(
+                self.name(),
+                format!(
+                    "expected equal shapes over at least 2 values per channel, found {inputs:?} over {}",
+                    self.count
+                ),
+            ));
+        }
+        Ok(inputs.to_vec())
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        6 * inputs[0].len() as u64
+    }
+}
+
+pub(super) fn batch_norm_case(s: &mut Sampler) -> Case {
+    let mut shape = s.shape();
+    shape.w += usize::from(shape.rows() == 1);
+    // With few values the gradient is proportional to ε/(σ² + ε): it must not drown in rounding.
+    let eps = if shape.rows() < 12 {
+        s.uniform(0.1, 1.0)
+    } else {
+        1e-3
+    };
+    let op = BatchNorm {
+        eps,
+        activation: norm::activation(s),
+    };
+    let [x, gamma, beta, ..] = norm::draw(s, op.norm(), shape);
+    let mut case = Case::new(format!("{shape} {op:?}"), move |t, v| {
+        Ok(vec![t.push_all(op, v)?[0]])
+    })
+    .with("x", shape, x)
+    .with("gamma", Shape::per_channel(shape.c), gamma)
+    .with("beta", Shape::per_channel(shape.c), beta);
+    case.step = norm::STEP;
+    case
+}
+
+pub(super) fn normalize_case(s: &mut Sampler) -> Case {
+    let shape = s.shape();
+    let op = Normalize {
+        eps: s.uniform(1e-3, 1.0),
+        activation: norm::activation(s),
+    };
+    let vector = Shape::per_channel(shape.c);
+    let [x, gamma, beta, mean, var] = norm::draw(s, op.norm(), shape);
+    let mut case = Case::new(format!("{shape} {op:?}"), move |t, v| {
+        Ok(vec![t.push(op, v)?])
+    })
+    .with("x", shape, x)
+    .with("gamma", vector, gamma)
+    .with("beta", vector, beta)
+    .with_constant("mean", vector, mean)
+    .with_constant("var", vector, var);
+    case.step = norm::STEP;
+    case
+}

@@ -1,0 +1,193 @@
+//! Bilinear upsampling by two.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::{Kernel, Op};
+use crate::device::cpu::Io;
+use crate::device::simd::{self, Lanes};
+use crate::error::Result;
+use crate::gradcheck::{Case, Sampler};
+use crate::tape::{Backward, Var};
+use crate::tensor::{Real, Shape};
+
+/// Twice the rows and columns by bilinear interpolation between pixel centres, the border repeated
+/// (PyTorch's `align_corners = false`): N×H×W×C → N×2H×2W×C. Along each axis
+/// `y[2i] = ¼x[i−1] + ¾x[i]` and `y[2i+1] = ¾x[i] + ¼x[i+1]`.
+///
+/// Passes over memory: reads `x`, writes `y`; the gradient gathers from `dy` and writes `dx`.
+#[derive(Clone, Copy, Debug)]
+pub struct Upsample2x;
+
+impl<T: Real> Kernel<T> for Upsample2x {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let (x, y) = (io.input(0), io.output(0));
+        let Shape { h, w, c, .. } = io.input_shape(0);
+        y.par_chunks_mut(2 * w * c)
+            .enumerate()
+            .for_each(|(row, y)| {
+                let (image, row) = (row / (2 * h), row % (2 * h));
+                let (near, far) = neighbours(row, h);
+                let x = |i: usize| &x[(image * h + i) * w * c..][..w * c];
+                simd::dispatch(Row {
+                    near: x(near),
+                    far: x(far),
+                    c,
+                    y,
+                });
+            });
+    }
+}
+
+/// The two pixels between which pixel `o` of an axis of `2·size` lies: the nearer with weight ¾.
+fn neighbours(o: usize, size: usize) -> (usize, usize) {
+    let near = o / 2;
+    let far = if o.is_multiple_of(2) {
+        near.saturating_sub(1)
+    } else {
+        (near + 1).min(size - 1)
+    };
+    (near, far)
+}
+
+/// One row of the result from two rows of the input.
+struct Row<'a, T> {
+    near: &'a [T],
+    far: &'a [T],
+    c: usize,
+    y: &'a mut [T],
+}
+
+impl<T: Real> simd::Kernel<T> for Row<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        let c = self.c;
+        let w = self.near.len() / c;
+        let [less, more] = [0.25, 0.75].map(|w| L::splat(T::of(w)));
+        for (o, y) in self.y.chunks_exact_mut(2 * c).enumerate() {
+            let (even, odd) = y.split_at_mut(c);
+            let [left, right] = [o.saturating_sub(1), (o + 1).min(w - 1)];
+            for channel in (0..c).step_by(L::N) {
+                let blend = |i: usize| {
+                    let [near, far] = [self.near, self.far]
+                        .map(|x| L::load_first(&x[i * c + channel..(i + 1) * c]));
+                    near * more + far * less
+                };
+                let centre = blend(o) * more;
+                blend(left)
+                    .mul_add(less, centre)
+                    .store_first(&mut even[channel..]);
+                blend(right)
+                    .mul_add(less, centre)
+                    .store_first(&mut odd[channel..]);
+            }
+        }
+    }
+}
+
+impl Op for Upsample2x {
+    fn name(&self) -> &'static str {
+        "upsample2x"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        let Shape { n, h, w, c } = inputs[0];
+        Ok(vec![Shape::new(n, 2 * h, 2 * w, c)])
+    }
+    fn flops(&self, _: &[Shape], outputs: &[Shape]) -> u64 {
+        8 * outputs[0].len() as u64
+    }
+    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
+        Some((Arc::new(*self), inputs.to_vec()))
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        let Some(dy) = at.gradient(0) else {
+            return Ok(());
+        };
+        let dx = at.push(Upsample2xGradient, &[dy])?;
+        at.set(0, dx)
+    }
+}
+
+/// Gradient of [`Upsample2x`]; input `dy`.
+#[derive(Clone, Copy, Debug)]
+struct Upsample2xGradient;
+
+impl<T: Real> Kernel<T> for Upsample2xGradient {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let (dy, dx) = (io.input(0), io.output(0));
+        let Shape { h, w, c, .. } = io.output_shape(0);
+        let wide = 2 * w * c;
+        dx.par_chunks_mut(w * c).enumerate().for_each(|(row, dx)| {
+            let (image, row) = (row / h, row % h);
+            let rows = taps(row, h)
+                .map(|(o, weight)| (&dy[(image * 2 * h + o) * wide..][..wide], T::of(weight)));
+            simd::dispatch(GradientRow { rows, c, dx });
+        });
+    }
+}
+
+/// The pixels of an axis of `2·size` that pixel `i` contributes to, with their weights; at the border,
+/// where a pixel stands for its missing neighbour too, one of them has weight 0.
+fn taps(i: usize, size: usize) -> [(usize, f64); 4] {
+    let (o, first, last) = (2 * i, i == 0, i + 1 == size);
+    [
+        if first { (o, 0.0) } else { (o - 1, 0.25) },
+        (o, if first { 1.0 } else { 0.75 }),
+        (o + 1, if last { 1.0 } else { 0.75 }),
+        if last { (o + 1, 0.0) } else { (o + 2, 0.25) },
+    ]
+}
+
+struct GradientRow<'a, T> {
+    rows: [(&'a [T], T); 4],
+    c: usize,
+    dx: &'a mut [T],
+}
+
+impl<T: Real> simd::Kernel<T> for GradientRow<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        let c = self.c;
+        let w = self.dx.len() / c;
+        for (i, dx) in self.dx.chunks_exact_mut(c).enumerate() {
+            let columns = taps(i, w);
+            for (v, dx) in dx.chunks_mut(L::N).enumerate() {
+                let mut sum = L::zero();
+                for (o, weight) in columns {
+                    let mut column = L::zero();
+                    for (dy, weight) in self.rows {
+                        let dy = L::load_first(&dy[o * c + v * L::N..(o + 1) * c]);
+                        column = dy.mul_add(L::splat(weight), column);
+                    }
+                    sum = column.mul_add(L::splat(T::of(weight)), sum);
+                }
+                sum.store_first(dx);
+            }
+        }
+    }
+}
+
+impl Op for Upsample2xGradient {
+    fn name(&self) -> &'static str {
+        "upsample2x_gradient"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        let Shape { n, h, w, c } = inputs[0];
+        Ok(vec![Shape::new(n, h / 2, w / 2, c)])
+    }
+    fn flops(&self, _: &[Shape], outputs: &[Shape]) -> u64 {
+        40 * outputs[0].len() as u64
+    }
+}
+
+pub(super) fn upsample2x_case(s: &mut Sampler) -> Case {
+    let shape = s.shape();
+    Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Upsample2x, v)?])).with(
+        "x",
+        shape,
+        s.values(shape.len(), -2.0, 2.0),
+    )
+}
