@@ -2,6 +2,11 @@
 //!
 //! `benign/benign (N).png` with `benign (N)_mask.png`, then `_mask_1.png` and so on where there are
 //! several lesions; `malignant/` and `normal/` likewise. No patients and no pixel sizes are given.
+//!
+//! The published set holds one pair of identical files under contradictory labels, `benign (433)` and
+//! `malignant (145)`, which [`super::duplicates`] finds. Near-duplicates, of which there are many more by
+//! published accounts, are not looked for: without patient names, folds made within BUSI can hold
+//! views of one lesion on both sides.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -4,6 +4,20 @@
 //! separable with a triangle filter whose support grows with the reduction, so that shrinking is
 //! antialiased (this is Pillow's `BILINEAR`); enlarging is plain bilinear interpolation with pixel
 //! centres at half-integers (`align_corners = false`), the border pixel repeated beyond the edge.
+//!
+//! ```
+//! use echograd::data::{image::Gray, letterbox::Letterbox};
+//!
+//! let scan = Gray { width: 800, height: 600, pixels: vec![255; 800 * 600] };
+//! let letterbox = Letterbox::new(scan.width, scan.height, 256);
+//! assert_eq!((letterbox.content_width, letterbox.content_height), (256, 192));
+//! assert_eq!((letterbox.left, letterbox.top), (0, 32));
+//!
+//! let square = letterbox.forward(&scan); // 256 × 256, what a network reads
+//! assert_eq!(square[0], 0.0); // padding
+//! let map = letterbox.inverse(&square); // 600 × 800, where metrics are measured
+//! assert_eq!(map.len(), 800 * 600);
+//! ```
 
 use super::image::Gray;
 

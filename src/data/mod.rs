@@ -202,7 +202,8 @@ pub fn open(spec: &str) -> Result<Box<dyn Source>> {
     })
 }
 
-/// Groups of cases whose image files are the same bytes, each in case order.
+/// Groups of cases whose image files are the same bytes, each in case order. Near-duplicates
+/// (another crop, another encoding) are not found.
 pub fn duplicates(cases: &[Case]) -> Vec<Vec<usize>> {
     let mut groups: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
     for (i, case) in cases.iter().enumerate() {

@@ -26,6 +26,29 @@ pub struct Fold {
 /// each to the fold that has the smallest share of the group's labels so far. Single images are thus
 /// spread to within one per label.
 ///
+/// ```
+/// use echograd::data::{Case, Label, split::folds};
+///
+/// let case = |i: usize| Case {
+///     image: format!("{i}.png"),
+///     patient: Some(format!("patient {}", i / 2)), // two images each
+///     label: if i % 4 < 2 { Label::Benign } else { Label::Malignant },
+///     pixel_mm: None,
+///     width: 800,
+///     height: 600,
+///     sha256: i.to_string(),
+/// };
+/// let cases: Vec<Case> = (0..20).map(case).collect();
+/// let everyone: Vec<usize> = (0..cases.len()).collect();
+/// for fold in folds(&cases, &everyone, 5, 0)? {
+///     assert_eq!((fold.train.len(), fold.validation.len()), (16, 4));
+///     for i in fold.validation {
+///         assert!(!fold.train.contains(&(i ^ 1))); // the patient's other image
+///     }
+/// }
+/// # Ok::<(), echograd::Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::Argument`] if `k < 2`, or if benign or malignant cases are present but come from fewer
 /// than `k` groups.
