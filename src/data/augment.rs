@@ -40,11 +40,11 @@ pub struct AugmentConfig {
     pub p_contrast: f32,
     /// Largest relative change of contrast about the image's mean, 0–0.9. Default 0.25.
     pub contrast: f32,
-    /// Largest change of brightness, full scale being 1, 0–0.5. Default 0.1.
+    /// Largest change of brightness, full scale being 1, 0–0.5. Default 0.06.
     pub brightness: f32,
     /// Multiplicative, spatially correlated noise. Default 0.3.
     pub p_speckle: f32,
-    /// Largest standard deviation of the noise, 0–1. Default 0.25.
+    /// Largest standard deviation of the noise, 0–1. Default 0.2.
     pub speckle: f32,
     /// Largest grain of the noise: σ in pixels of its correlating Gaussian, 0.5–3. Default 1.5.
     pub speckle_grain: f32,
@@ -73,9 +73,9 @@ impl Default for AugmentConfig {
             gamma: 0.35,
             p_contrast: 0.5,
             contrast: 0.25,
-            brightness: 0.1,
+            brightness: 0.06,
             p_speckle: 0.3,
-            speckle: 0.25,
+            speckle: 0.2,
             speckle_grain: 1.5,
             p_blur: 0.2,
             blur: 1.2,
@@ -253,6 +253,8 @@ pub struct Augmenter {
     /// Image and mask interleaved, with one pixel of background before and two after each axis, so
     /// that sampling needs no bounds cases.
     padded: Vec<[u8; 2]>,
+    /// Where the pixels of one row come from.
+    taps: Vec<Tap>,
     spline: Spline,
     blur: Blur,
     noise: Vec<f32>,
@@ -280,6 +282,7 @@ impl Augmenter {
             config,
             size,
             padded: vec![[0; 2]; (size + 3) * (size + 3)],
+            taps: vec![Tap::default(); size],
             spline: Spline::new(config.elastic_cells as usize, size),
             blur: Blur::new(size),
             noise: vec![0.0; size * size],
@@ -352,6 +355,7 @@ impl Augmenter {
         let centre = (size - 1) as f32 / 2.0;
         let last = size as f32;
         let elastic = change.elastic > 0.0;
+        self.spline.offsets.fill([0.0; 2]);
         if elastic {
             self.spline.draw(change.elastic * size as f32, draws);
         }
@@ -362,29 +366,37 @@ impl Augmenter {
             if elastic {
                 self.spline.row(y);
             }
+            // Where to read, then reading: the first loop is arithmetic alone and vectorises.
             let v = y as f32 - centre;
-            for (x, (image_out, mask_out)) in image_row.iter_mut().zip(mask_row).enumerate() {
-                let (mut u, mut v) = (x as f32 - centre, v);
-                if elastic {
-                    let [du, dv] = self.spline.at(x);
-                    u += du;
-                    v += dv;
-                }
+            for (x, (tap, [du, dv])) in self.taps.iter_mut().zip(&self.spline.offsets).enumerate() {
+                let (u, v) = (x as f32 - centre + du, v + dv);
                 // Beyond the border pixels everything is background.
                 let sx = (a * u + b * v + tx + centre).clamp(-1.0, last) + 1.0;
                 let sy = (c * u + d * v + ty + centre).clamp(-1.0, last) + 1.0;
-                let (column, row) = (sx as usize, sy as usize);
-                let (fx, fy) = (sx - column as f32, sy - row as f32);
-                let top = row * stride + column;
-                let [p, q] = [self.padded[top], self.padded[top + 1]];
-                let [r, s] = [self.padded[top + stride], self.padded[top + stride + 1]];
+                let (column, row) = (sx as i32, sy as i32);
+                *tap = Tap {
+                    at: (row * stride as i32 + column) as u32,
+                    fx: sx - column as f32,
+                    fy: sy - row as f32,
+                };
+            }
+            for ((Tap { at, fx, fy }, image_out), mask_out) in
+                self.taps.iter().zip(&mut *image_row).zip(&mut *mask_row)
+            {
+                let at = *at as usize;
+                let upper = &self.padded[at..at + 2];
+                let lower = &self.padded[at + stride..at + stride + 2];
                 let mix = |k: usize| {
-                    let [p, q, r, s] = [p[k], q[k], r[k], s[k]].map(f32::from);
+                    let [p, q] = [upper[0][k], upper[1][k]].map(f32::from);
+                    let [r, s] = [lower[0][k], lower[1][k]].map(f32::from);
                     let (upper, lower) = (p + fx * (q - p), r + fx * (s - r));
-                    (upper + fy * (lower - upper)) / 255.0
+                    upper + fy * (lower - upper)
                 };
                 *image_out = mix(0);
                 *mask_out = mix(1);
+            }
+            for row in [image_row, mask_row] {
+                row.iter_mut().for_each(|v| *v /= 255.0);
             }
         }
     }
@@ -439,6 +451,14 @@ impl Augmenter {
     }
 }
 
+/// A point between four pixels: the index of the upper left one, and how far right and down of it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tap {
+    at: u32,
+    fx: f32,
+    fy: f32,
+}
+
 /// 8-bit to [0, 1]: what augmentation yields for a sample that it leaves alone.
 pub fn unit(from: &[u8], to: &mut [f32]) {
     for (to, &from) in to.iter_mut().zip(from) {
@@ -465,10 +485,12 @@ fn uniform_noise(key: Philox, noise: &mut [f32]) {
 struct Spline {
     cells: usize,
     control: Vec<[f32; 2]>,
-    /// The control grid collapsed along y at the current row.
-    row: Vec<[f32; 2]>,
     /// For each coordinate, its cell and the weights of the four control points about it.
     basis: Vec<(usize, [f32; 4])>,
+    /// The control grid collapsed along y at the current row.
+    collapsed: Vec<[f32; 2]>,
+    /// The current row's displacements.
+    offsets: Vec<[f32; 2]>,
 }
 
 impl Spline {
@@ -492,8 +514,9 @@ impl Spline {
         Self {
             cells,
             control: vec![[0.0; 2]; points * points],
-            row: vec![[0.0; 2]; points],
             basis,
+            collapsed: vec![[0.0; 2]; points],
+            offsets: vec![[0.0; 2]; size],
         }
     }
 
@@ -503,27 +526,25 @@ impl Spline {
         }
     }
 
+    /// Fills `offsets` for row `y`.
     fn row(&mut self, y: usize) {
         let points = self.cells + 3;
         let (cell, weights) = self.basis[y];
-        for (x, out) in self.row.iter_mut().enumerate() {
-            *out = blend(weights, |k| self.control[(cell + k) * points + x]);
+        let rows = &self.control[cell * points..(cell + 4) * points];
+        for (x, out) in self.collapsed.iter_mut().enumerate() {
+            *out = blend(weights, [0, 1, 2, 3].map(|k| rows[k * points + x]));
         }
-    }
-
-    #[inline(always)]
-    fn at(&self, x: usize) -> [f32; 2] {
-        let (cell, weights) = self.basis[x];
-        let four = &self.row[cell..cell + 4];
-        blend(weights, |k| four[k])
+        for (out, &(cell, weights)) in self.offsets.iter_mut().zip(&self.basis) {
+            let four = &self.collapsed[cell..cell + 4];
+            *out = blend(weights, [four[0], four[1], four[2], four[3]]);
+        }
     }
 }
 
 #[inline(always)]
-fn blend(weights: [f32; 4], point: impl Fn(usize) -> [f32; 2]) -> [f32; 2] {
+fn blend(weights: [f32; 4], points: [[f32; 2]; 4]) -> [f32; 2] {
     let mut sum = [0.0; 2];
-    for (k, w) in weights.into_iter().enumerate() {
-        let [x, y] = point(k);
+    for (w, [x, y]) in weights.into_iter().zip(points) {
         sum = [sum[0] + w * x, sum[1] + w * y];
     }
     sum
