@@ -7,9 +7,12 @@
 
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
-use crate::device::cpu::Session;
+use crate::device::cpu::{Element, Session};
 use crate::error::Result;
+use crate::ops::Entry;
+use crate::ops::pointwise::StopGradient;
 use crate::tape::{Options, Plan, Tape, Var};
 use crate::tensor::Shape;
 
@@ -23,6 +26,7 @@ const PROBES: usize = 48;
 /// Draws the sizes and values of random problems.
 pub struct Sampler {
     rng: ChaCha8Rng,
+    scale: usize,
 }
 
 impl Sampler {
@@ -30,7 +34,24 @@ impl Sampler {
     pub fn new(seed: u64) -> Self {
         Self {
             rng: ChaCha8Rng::seed_from_u64(seed),
+            scale: 1,
         }
+    }
+
+    /// Draws tensors with extents up to twelve times as large, so that kernels split their work into
+    /// several pieces.
+    pub fn large(seed: u64) -> Self {
+        Self {
+            scale: 12,
+            ..Self::new(seed)
+        }
+    }
+
+    /// The weights `r` and probes of a case, independent of what the case drew from the same seed.
+    fn of_check(seed: u64) -> Self {
+        let mut sampler = Self::new(seed);
+        sampler.rng.set_stream(1);
+        sampler
     }
 
     /// A size from `low` to `high`, both included; `low` itself (often 1) one time in four.
@@ -42,13 +63,18 @@ impl Sampler {
         }
     }
 
+    /// As [`Sampler::size`] for rows, columns or channels of data, of which [`Sampler::large`] draws more.
+    pub fn extent(&mut self, low: usize, high: usize) -> usize {
+        self.size(low, high * self.scale)
+    }
+
     /// A small feature map: up to 3×7×7×5, sizes of 1 and odd sizes included.
     pub fn shape(&mut self) -> Shape {
         Shape::new(
             self.size(1, 3),
-            self.size(1, 7),
-            self.size(1, 7),
-            self.size(1, 5),
+            self.extent(1, 7),
+            self.extent(1, 7),
+            self.extent(1, 5),
         )
     }
 
@@ -102,7 +128,8 @@ pub struct Case {
     pub description: String,
     /// Inputs in the order in which `record` takes them.
     pub inputs: Vec<CaseInput>,
-    /// Step of the finite differences.
+    /// Step of the finite differences, 1e-5 unless the case says otherwise: long enough that the outputs'
+    /// rounding, divided by it, stays below the tolerance; short enough for the outputs' curvature.
     pub step: f64,
     record: Box<Record>,
 }
@@ -121,6 +148,11 @@ impl Case {
             step: 1e-5,
             record: Box::new(record),
         }
+    }
+
+    /// Sets [`Case::step`].
+    pub fn with_step(self, step: f64) -> Self {
+        Self { step, ..self }
     }
 
     /// Adds an input whose gradient is checked.
@@ -142,24 +174,46 @@ impl Case {
         self
     }
 
-    /// Records the forward steps: the tape, its inputs and its outputs.
+    /// Records the forward steps.
     ///
     /// # Errors
     /// Whatever recording reports.
-    pub fn record(&self) -> Result<(Tape, Vec<Var>, Vec<Var>)> {
+    pub fn record(&self) -> Result<Recording> {
         let mut tape = Tape::new();
-        let inputs: Vec<Var> = self
-            .inputs
-            .iter()
-            .map(|i| tape.input(i.name, i.shape))
-            .collect();
-        let outputs = (self.record)(&mut tape, &inputs)?;
-        Ok((tape, inputs, outputs))
+        let mut recording = |input: &CaseInput| {
+            let written = tape.input(input.name, input.shape);
+            Ok((written, tape.push(StopGradient, &[written])?))
+        };
+        let (inputs, variables): (Vec<Var>, Vec<Var>) = (self.inputs.iter())
+            .map(&mut recording)
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
+        let outputs = (self.record)(&mut tape, &variables)?;
+        Ok(Recording {
+            tape,
+            inputs,
+            variables,
+            outputs,
+        })
     }
 }
 
+/// The forward steps of a case.
+pub struct Recording {
+    /// The steps.
+    pub tape: Tape,
+    /// What the caller writes, one per input of the case.
+    pub inputs: Vec<Var>,
+    /// Copies of the inputs, which the operation reads: computed values, unlike inputs, may be
+    /// overwritten in place.
+    pub variables: Vec<Var>,
+    /// What is differentiated.
+    pub outputs: Vec<Var>,
+}
+
 /// A derivative that disagrees.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Mismatch {
     /// The input.
     pub input: &'static str,
@@ -185,52 +239,102 @@ pub struct Outcome {
 }
 
 /// The gradient side of a case: a tape with its backward steps appended.
+#[derive(Clone)]
 pub struct Differentiated {
     /// Forward and gradient steps.
     pub tape: Tape,
     /// One per input of the case.
     pub inputs: Vec<Var>,
-    /// Random weights `r`, one per output.
+    /// The outputs that are differentiated, by their position in [`Recording::outputs`].
+    pub selected: Vec<usize>,
+    /// Those outputs.
+    pub outputs: Vec<Var>,
+    /// Random weights `r`, one tensor for each of them.
     pub seeds: Vec<Var>,
     /// One per input; `None` where the outputs do not depend on it or it is constant.
     pub gradients: Vec<Option<Var>>,
 }
 
-/// Records a case and its gradient.
+/// Records a case and the gradient of all its outputs with respect to all its inputs.
 ///
 /// # Errors
 /// Whatever recording reports.
 pub fn differentiate(case: &Case) -> Result<Differentiated> {
-    let (mut tape, inputs, outputs) = case.record()?;
-    let seeds: Vec<Var> = outputs
-        .iter()
-        .map(|&y| tape.input("seed", tape.shape(y)))
+    differentiate_part(case, None, None)
+}
+
+/// As [`differentiate`], for one output alone or one input alone: operations then record less.
+///
+/// # Errors
+/// Whatever recording reports.
+pub fn differentiate_part(
+    case: &Case,
+    output: Option<usize>,
+    input: Option<usize>,
+) -> Result<Differentiated> {
+    let Recording {
+        mut tape,
+        inputs,
+        variables,
+        outputs,
+    } = case.record()?;
+    let selected: Vec<usize> = (0..outputs.len())
+        .filter(|&o| output.is_none_or(|only| o == only))
         .collect();
-    let wrt: Vec<Var> = inputs
-        .iter()
-        .zip(&case.inputs)
-        .filter_map(|(&v, i)| i.differentiable.then_some(v))
-        .collect();
-    let pairs: Vec<(Var, Var)> = outputs.iter().copied().zip(seeds.iter().copied()).collect();
-    let mut found = tape.backward_from(&pairs, &wrt)?.into_iter();
-    let gradients: Vec<Option<Var>> = case
-        .inputs
-        .iter()
-        .map(|i| {
-            if i.differentiable {
-                found.next().flatten()
-            } else {
-                None
-            }
-        })
-        .collect();
+    let outputs: Vec<Var> = selected.iter().map(|&o| outputs[o]).collect();
+    let mut seeds = Vec::new();
+    let mut pairs = Vec::new();
+    for &y in &outputs {
+        let seed = tape.input("seed", tape.shape(y));
+        seeds.push(seed);
+        pairs.push((y, tape.push(StopGradient, &[seed])?));
+    }
+    let wanted = |i: usize| case.inputs[i].differentiable && input.is_none_or(|only| i == only);
+    let wrt: Vec<usize> = (0..variables.len()).filter(|&i| wanted(i)).collect();
+    let wrt_vars: Vec<Var> = wrt.iter().map(|&i| variables[i]).collect();
+    let mut gradients = vec![None; variables.len()];
+    for (i, gradient) in wrt.into_iter().zip(tape.backward_from(&pairs, &wrt_vars)?) {
+        gradients[i] = gradient;
+    }
     gradients.iter().flatten().for_each(|&g| tape.keep(g));
     Ok(Differentiated {
         tape,
         inputs,
+        selected,
+        outputs,
         seeds,
         gradients,
     })
+}
+
+/// A session with the inputs of `case` and the weights drawn from `seed` in place, ready to run.
+///
+/// # Errors
+/// Whatever planning reports.
+pub fn session<T: Element>(
+    case: &Case,
+    d: &Differentiated,
+    seed: u64,
+    options: Options,
+) -> Result<Session<T>> {
+    let mut session = Session::new(Plan::new(&d.tape, options)?)?;
+    let mut sampler = Sampler::of_check(seed);
+    let written = d
+        .inputs
+        .iter()
+        .zip(case.inputs.iter().map(|i| i.values.clone()));
+    let weights = d.seeds.iter().map(|seed| {
+        let len = d.tape.shape(*seed).len();
+        // Rounded, so that `f32` and `f64` differentiate the same sum.
+        let weights = sampler.values(len, -1.0, 1.0);
+        let rounded = weights.iter().map(|&r| f64::from(r as f32)).collect();
+        (seed, rounded)
+    });
+    for (&var, values) in written.chain(weights) {
+        let elements = session.values_mut(var).iter_mut().zip(values);
+        elements.for_each(|(element, value)| *element = T::of(value));
+    }
+    Ok(session)
 }
 
 /// Checks one case; `seed` draws the weights `r` and the elements to perturb.
@@ -246,29 +350,24 @@ pub fn check(case: &Case, seed: u64) -> Result<Outcome> {
 /// # Errors
 /// Whatever planning reports.
 pub fn check_gradient(case: &Case, d: &Differentiated, seed: u64) -> Result<Outcome> {
-    let mut sampler = Sampler::new(seed);
-    let weights: Vec<Vec<f64>> = d
-        .seeds
-        .iter()
-        .map(|&s| sampler.values(d.tape.shape(s).len(), -1.0, 1.0))
-        .collect();
-
-    let mut backward = Session::<f64>::new(Plan::new(&d.tape, Options::default())?)?;
-    for (&var, input) in d.inputs.iter().zip(&case.inputs) {
-        backward.write(var, &input.values);
-    }
-    for (&seed, weights) in d.seeds.iter().zip(&weights) {
-        backward.write(seed, weights);
-    }
+    let mut backward = session::<f64>(case, d, seed, Options::default())?;
     backward.run();
+    let weights: Vec<&[f64]> = d.seeds.iter().map(|&s| backward.read(s)).collect();
 
-    let (mut tape, inputs, outputs) = case.record()?;
+    let Recording {
+        mut tape,
+        inputs,
+        outputs,
+        ..
+    } = case.record()?;
+    let outputs: Vec<Var> = d.selected.iter().map(|&o| outputs[o]).collect();
     outputs.iter().for_each(|&y| tape.keep(y));
     let mut forward = Session::<f64>::new(Plan::new(&tape, Options::default())?)?;
     for (&var, input) in inputs.iter().zip(&case.inputs) {
         forward.write(var, &input.values);
     }
 
+    let mut sampler = Sampler::of_check(!seed);
     let mut outcome = Outcome {
         compared: 0,
         worst: 0.0,
@@ -331,7 +430,7 @@ fn difference(
     outputs: &[Var],
     element: usize,
     step: f64,
-    weights: &[Vec<f64>],
+    weights: &[&[f64]],
 ) -> f64 {
     let centre = forward.read(input)[element];
     let mut at = |offset: f64| -> Vec<Vec<f64>> {
@@ -352,24 +451,56 @@ fn difference(
     sum / (12.0 * step)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ops::registry;
-    use proptest::prelude::*;
+/// A case that failed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Failure {
+    /// The seed that draws it.
+    pub seed: u64,
+    /// [`Case::description`].
+    pub description: String,
+    /// The worst derivative.
+    pub mismatch: Mismatch,
+}
 
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
-        #[test]
-        fn every_registered_gradient_agrees_with_finite_differences(seed in any::<u64>()) {
-            for entry in registry() {
-                let case = (entry.case)(&mut Sampler::new(seed));
-                let outcome = check(&case, seed).unwrap();
-                prop_assert!(
-                    outcome.mismatch.is_none(),
-                    "{} ({}): {:?}", entry.name, case.description, outcome.mismatch
-                );
-            }
+/// Outcome of many cases of one operation.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The operation.
+    pub op: &'static str,
+    /// Cases drawn.
+    pub cases: u64,
+    /// Derivatives compared.
+    pub compared: usize,
+    /// Largest error, as in [`Outcome::worst`].
+    pub worst: f64,
+    /// Cases that failed, in the order of their seeds.
+    pub failures: Vec<Failure>,
+}
+
+/// Checks an operation on the cases that `seed`, `seed + 1`, … draw.
+///
+/// # Errors
+/// Whatever recording or planning reports.
+pub fn check_operation(entry: &Entry, seed: u64, cases: u64) -> Result<Report> {
+    let mut report = Report {
+        op: entry.name,
+        cases,
+        compared: 0,
+        worst: 0.0,
+        failures: Vec::new(),
+    };
+    for seed in (0..cases).map(|i| seed.wrapping_add(i)) {
+        let case = (entry.case)(&mut Sampler::new(seed));
+        let outcome = check(&case, seed)?;
+        report.compared += outcome.compared;
+        report.worst = report.worst.max(outcome.worst);
+        if let Some(mismatch) = outcome.mismatch {
+            report.failures.push(Failure {
+                seed,
+                description: case.description,
+                mismatch,
+            });
         }
     }
+    Ok(report)
 }

@@ -499,6 +499,10 @@ impl Op for WeightedMeanGradient {
     }
 }
 
+/// Step of the finite differences: long, since one element moves the mean of an image only a little, and
+/// all these functions are smooth at a scale of 1.
+const STEP: f64 = 1e-3;
+
 pub(super) fn bce_case(s: &mut Sampler) -> Case {
     let shape = s.shape();
     Case::new(format!("{shape}"), |t, v| {
@@ -506,6 +510,7 @@ pub(super) fn bce_case(s: &mut Sampler) -> Case {
     })
     .with("z", shape, s.values(shape.len(), -6.0, 6.0))
     .with_constant("g", shape, s.values(shape.len(), 0.0, 1.0))
+    .with_step(STEP)
 }
 
 pub(super) fn soft_dice_case(s: &mut Sampler) -> Case {
@@ -513,6 +518,7 @@ pub(super) fn soft_dice_case(s: &mut Sampler) -> Case {
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(SoftDice, v)?]))
         .with("m", shape, s.values(shape.len(), 0.0, 1.0))
         .with("g", shape, s.values(shape.len(), 0.0, 1.0))
+        .with_step(STEP)
 }
 
 pub(super) fn mse_case(s: &mut Sampler) -> Case {
@@ -520,6 +526,7 @@ pub(super) fn mse_case(s: &mut Sampler) -> Case {
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Mse, v)?]))
         .with("a", shape, s.values(shape.len(), -2.0, 2.0))
         .with("b", shape, s.values(shape.len(), -2.0, 2.0))
+        .with_step(STEP)
 }
 
 pub(super) fn weighted_mean_case(s: &mut Sampler) -> Case {

@@ -680,8 +680,8 @@ pub(super) fn case(s: &mut Sampler) -> Case {
     };
     let shape = Shape::new(
         s.size(1, 2),
-        s.size(low, high),
-        s.size(1, if tall { 3 } else { 19 }),
+        s.extent(low, high),
+        s.extent(1, if tall { 3 } else { 19 }),
         1,
     );
     let sharpness = if s.chance(0.5) {

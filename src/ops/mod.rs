@@ -123,7 +123,7 @@ pub trait Op: Kernel<f32> + Kernel<f64> + Debug + Send + Sync {
 }
 
 /// A line of the registry.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Entry {
     /// The operation's [`Op::name`].
     pub name: &'static str,

@@ -93,7 +93,7 @@ pub(super) fn single_channel(op: &'static str, shape: Shape) -> Result<Shape> {
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
-    let shape = Shape::new(s.size(1, 3), s.size(1, 9), s.size(1, 9), 1);
+    let shape = Shape::new(s.size(1, 3), s.extent(1, 9), s.extent(1, 9), 1);
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Moments, v)?])).with(
         "mask",
         shape,

@@ -76,7 +76,7 @@ impl Op for PerimeterGradient {
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
-    let shape = Shape::new(s.size(1, 3), s.size(1, 9), s.size(1, 9), 1);
+    let shape = Shape::new(s.size(1, 3), s.extent(1, 9), s.extent(1, 9), 1);
     // One mask in four is nearly flat, where ε rules.
     let high = if s.chance(0.25) { 2e-3 } else { 1.0 };
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Perimeter, v)?])).with(

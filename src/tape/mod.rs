@@ -251,6 +251,13 @@ impl Tape {
         Ok(())
     }
 
+    /// Makes a step read another value of the same shape: how tests break a recorded gradient.
+    #[doc(hidden)]
+    pub fn rewire(&mut self, step: usize, input: usize, to: Var) {
+        let old = std::mem::replace(&mut self.steps[step].inputs[input], to);
+        assert_eq!(self.shape(old), self.shape(to));
+    }
+
     /// Appends the gradient of the scalar `loss` with respect to each of `wrt`; `None` for a value
     /// that the loss does not depend on.
     ///

@@ -17,11 +17,16 @@ const ALIGN: usize = 16;
 pub struct Options {
     /// Run cheap forward steps again in the backward pass instead of keeping their results.
     pub recompute: bool,
+    /// Let operations overwrite an input that nobody reads any more.
+    pub in_place: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { recompute: true }
+        Self {
+            recompute: true,
+            in_place: true,
+        }
     }
 }
 
@@ -79,7 +84,7 @@ impl Plan {
             steps = recompute(&steps, &mut values);
         }
         prune(&mut steps, &values);
-        layout(steps, values)
+        layout(steps, values, options.in_place)
     }
 
     /// All values, by [`Var::index`]; recomputed ones follow those of the tape.
@@ -214,7 +219,7 @@ fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
 }
 
-fn layout(steps: Vec<Step>, values: Vec<Value>) -> Result<Plan> {
+fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<Plan> {
     let mut last_use: Vec<usize> = values
         .iter()
         .map(|v| if v.kept { usize::MAX } else { 0 })
@@ -257,6 +262,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>) -> Result<Plan> {
             let overwritten = step.op.in_place().filter(|&i| {
                 let input = step.inputs[i];
                 o == 0
+                    && allow_in_place
                     && values[input.index()].kind == Kind::Computed
                     && last_use[input.index()] == index
                     && values[input.index()].shape.len() == values[output.index()].shape.len()

@@ -188,7 +188,7 @@ pub(super) fn conv2d_case(s: &mut Sampler) -> Case {
         let (kernel, stride) = (s.size(1, 4), s.size(1, 3));
         let padding = s.size(0, kernel);
         // The smallest image that the kernel fits on, or a larger one.
-        let extent = kernel.saturating_sub(2 * padding).max(1) + s.size(0, 5);
+        let extent = kernel.saturating_sub(2 * padding).max(1) + s.extent(0, 5);
         (kernel, stride, padding, extent)
     };
     let (kh, sh, ph, h) = axis();
