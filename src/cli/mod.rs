@@ -5,6 +5,7 @@
 
 pub mod data;
 pub mod features;
+pub mod gradcheck;
 pub mod pack;
 pub mod progress;
 
@@ -44,6 +45,7 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Features(features::Args),
+    Gradcheck(gradcheck::Args),
     Pack(pack::Args),
 }
 
@@ -60,6 +62,7 @@ impl Cli {
         }
         match self.command {
             Command::Features(args) => args.run(),
+            Command::Gradcheck(args) => args.run(),
             Command::Pack(args) => args.run(),
         }
     }
