@@ -230,3 +230,39 @@ pub(super) fn normalize_case(s: &mut Sampler) -> Case {
     case.step = norm::STEP;
     case
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Session;
+    use crate::tape::{Plan, Tape};
+
+    #[test]
+    fn running_statistics_move_by_momentum_and_are_unbiased() {
+        let mut tape = Tape::new();
+        let vector = Shape::per_channel(2);
+        let new = [tape.input("mean", vector), tape.input("var", vector)];
+        let running = [
+            tape.state("running_mean", vector),
+            tape.state("running_var", vector),
+        ];
+        let op = RunningStatistics {
+            momentum: 0.25,
+            count: 5,
+        };
+        tape.update(op, &new, &running).unwrap();
+        let mut session =
+            Session::<f64>::new(Plan::new(&tape, Default::default()).unwrap()).unwrap();
+        session.write(new[0], &[1.0, -2.0]);
+        session.write(new[1], &[4.0, 8.0]);
+        session.write(running[1], &[1.0, 1.0]);
+        session.run();
+        assert_eq!(session.read(running[0]), [0.25, -0.5]);
+        assert_eq!(
+            session.read(running[1]),
+            [0.75 + 0.25 * 5.0, 0.75 + 0.25 * 10.0]
+        );
+        session.run();
+        assert_eq!(session.read(running[0]), [0.4375, -0.875]);
+    }
+}

@@ -361,3 +361,237 @@ pub(super) fn reference(
         .collect();
     [u, mean, var]
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::cpu::{Element, Session};
+    use crate::ops::batch_norm::{BatchNorm, Normalize};
+    use crate::ops::group_norm::GroupNorm;
+    use crate::tape::{Plan, Tape};
+
+    /// Outputs of the forward step and the gradients of `Σ y·dy`, `dy` being 1, 2, 3, 1, 2, 3, …
+    fn replay<T: Element>(norm: Norm, shape: Shape, inputs: &[Vec<f64>]) -> Vec<Vec<T>> {
+        let Norm {
+            statistics,
+            eps,
+            activation,
+        } = norm;
+        let mut tape = Tape::new();
+        let vector = Shape::per_channel(shape.c);
+        let shapes = [shape, vector, vector, vector, vector];
+        let vars: Vec<Var> = shapes[..inputs.len()]
+            .iter()
+            .map(|&s| tape.input("input", s))
+            .collect();
+        let outputs = match statistics {
+            Statistics::Batch => tape.push_all(BatchNorm { eps, activation }, &vars),
+            Statistics::Constant => tape.push_all(Normalize { eps, activation }, &vars),
+            Statistics::Groups(groups) => {
+                let op = GroupNorm {
+                    groups,
+                    eps,
+                    activation,
+                };
+                tape.push_all(op, &vars)
+            }
+        }
+        .unwrap();
+        let dy = tape.input("dy", shape);
+        let gradients = tape.backward_from(&[(outputs[0], dy)], &vars[..3]).unwrap();
+        let results: Vec<Var> = outputs
+            .into_iter()
+            .chain(gradients.into_iter().flatten())
+            .collect();
+        results.iter().for_each(|&v| tape.keep(v));
+        let mut session = Session::<T>::new(Plan::new(&tape, Default::default()).unwrap()).unwrap();
+        for (&var, values) in vars.iter().zip(inputs) {
+            let values: Vec<T> = values.iter().map(|&v| T::of(v)).collect();
+            session.write(var, &values);
+        }
+        let ramp: Vec<T> = (0..shape.len())
+            .map(|i| T::of((i % 3 + 1) as f64))
+            .collect();
+        session.write(dy, &ramp);
+        session.run();
+        results.iter().map(|&v| session.read(v).to_vec()).collect()
+    }
+
+    fn activate(activation: Activation, u: f64) -> f64 {
+        match activation {
+            Activation::Identity => u,
+            Activation::Relu => u.max(0.0),
+            Activation::Silu => u / (1.0 + (-u).exp()),
+        }
+    }
+
+    fn close(found: &[f64], expected: &[f64], tolerance: f64) {
+        assert_eq!(found.len(), expected.len());
+        for (i, (a, b)) in found.iter().zip(expected).enumerate() {
+            assert!(
+                (a - b).abs() <= tolerance * b.abs().max(1.0),
+                "{i}: {a} for {b}"
+            );
+        }
+    }
+
+    fn wide<T: Real>(values: &[T]) -> Vec<f64> {
+        values.iter().map(|v| v.wide()).collect()
+    }
+
+    /// Channels below, at and beyond the width of vectors, and enough pixels for several pieces.
+    fn problems() -> impl Strategy<Value = (Norm, Shape)> {
+        let channels = prop::sample::select(vec![1usize, 2, 3, 6, 16, 18, 33, 48, 130, 300]);
+        let statistics = prop::sample::select(vec![
+            Statistics::Batch,
+            Statistics::Constant,
+            Statistics::Groups(1),
+            Statistics::Groups(2),
+            Statistics::Groups(3),
+        ]);
+        let activation = prop::sample::select(vec![
+            Activation::Identity,
+            Activation::Relu,
+            Activation::Silu,
+        ]);
+        let norm = (statistics, activation).prop_map(|(statistics, activation)| Norm {
+            statistics,
+            eps: 1e-3,
+            activation,
+        });
+        (norm, channels, 1..4usize, 1..24usize, 2..24usize).prop_map(|(mut norm, c, n, h, w)| {
+            if let Statistics::Groups(groups) = &mut norm.statistics
+                && !c.is_multiple_of(*groups)
+            {
+                *groups = c;
+            }
+            (norm, Shape::new(n, h, w, c))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn outputs_follow_their_definition((norm, shape) in problems(), seed in any::<u64>()) {
+            let mut s = Sampler::new(seed);
+            let inputs = [
+                s.values(shape.len(), -1.0, 3.0),
+                s.values(shape.c, -1.5, 1.5),
+                s.values(shape.c, -1.0, 1.0),
+                s.values(shape.c, -1.0, 1.0),
+                s.values(shape.c, 0.1, 2.0),
+            ];
+            let [x, gamma, beta, mean, var] = &inputs;
+            let constant = norm.statistics == Statistics::Constant;
+            let given = constant.then_some((&mean[..], &var[..]));
+            let [u, mean, var] = reference(norm, shape, x, gamma, beta, given);
+            let y: Vec<f64> = u.iter().map(|&u| activate(norm.activation, u)).collect();
+            let found = replay::<f64>(norm, shape, &inputs[..if constant { 5 } else { 3 }]);
+            close(&found[0], &y, 1e-12);
+            if !constant {
+                close(&found[1], &mean, 1e-13);
+                close(&found[2], &var, 1e-12);
+            }
+            let single = replay::<f32>(norm, shape, &inputs[..if constant { 5 } else { 3 }]);
+            for (f32s, f64s) in single.iter().zip(&found).take(if constant { 1 } else { 3 }) {
+                close(&wide(f32s), f64s, 1e-4);
+            }
+        }
+
+        #[test]
+        fn threads_do_not_change_a_bit((norm, shape) in problems(), seed in any::<u64>()) {
+            let mut s = Sampler::new(seed);
+            let statistics = norm.statistics == Statistics::Constant;
+            let mut inputs = vec![
+                s.values(shape.len(), -1.0, 3.0),
+                s.values(shape.c, -1.5, 1.5),
+                s.values(shape.c, -1.0, 1.0),
+            ];
+            if statistics {
+                inputs.extend([s.values(shape.c, -1.0, 1.0), s.values(shape.c, 0.1, 2.0)]);
+            }
+            let [one, two, three] = [1, 2, 3].map(|threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| replay::<f32>(norm, shape, &inputs))
+            });
+            prop_assert!(one == two && one == three);
+        }
+    }
+
+    #[test]
+    fn a_mean_far_from_zero_costs_no_accuracy() {
+        let shape = Shape::new(2, 40, 40, 24);
+        let mut s = Sampler::new(7);
+        // Numbers that f32 holds exactly, so that both references see the same problem.
+        let x: Vec<f64> = s
+            .values(shape.len(), -1.7, 1.7)
+            .iter()
+            .map(|v| f64::from((1e3 + v) as f32))
+            .collect();
+        let inputs = [x, vec![1.0; shape.c], vec![0.0; shape.c]];
+        for statistics in [Statistics::Batch, Statistics::Groups(4)] {
+            let norm = Norm {
+                statistics,
+                eps: 1e-5,
+                activation: Activation::Identity,
+            };
+            let exact = replay::<f64>(norm, shape, &inputs);
+            let single = replay::<f32>(norm, shape, &inputs);
+            close(&wide(&single[1]), &exact[1], 1e-7);
+            close(&wide(&single[2]), &exact[2], 1e-6);
+            // The mean itself is rounded to a multiple of 6e-5.
+            close(&wide(&single[0]), &exact[0], 1e-4);
+            close(&wide(&single[3]), &exact[3], 1e-3);
+        }
+    }
+
+    #[test]
+    fn a_group_of_one_element_gives_beta_and_no_gradient() {
+        let norm = Norm {
+            statistics: Statistics::Groups(2),
+            eps: 1e-3,
+            activation: Activation::Identity,
+        };
+        let shape = Shape::new(3, 1, 1, 2);
+        let inputs = [
+            vec![5.0, -1.0, 2.0, 3.0, 0.5, 9.0],
+            vec![2.0, 3.0],
+            vec![0.25, -0.5],
+        ];
+        let found = replay::<f64>(norm, shape, &inputs);
+        assert_eq!(found[0], [0.25, -0.5, 0.25, -0.5, 0.25, -0.5]);
+        assert!(found[3].iter().all(|dx| dx.abs() < 1e-12));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let vector = Shape::per_channel(4);
+        let batch = BatchNorm {
+            eps: 1e-5,
+            activation: Activation::Identity,
+        };
+        let groups = |groups| GroupNorm {
+            groups,
+            eps: 1e-5,
+            activation: Activation::Identity,
+        };
+        let x = Shape::new(2, 3, 3, 4);
+        assert!(batch.outputs(&[x, vector, vector]).is_ok());
+        assert!(
+            batch.outputs(&[vector, vector, vector]).is_err(),
+            "one value per channel"
+        );
+        assert!(batch.outputs(&[x, Shape::per_channel(3), vector]).is_err());
+        assert!(groups(2).outputs(&[x, vector, vector]).is_ok());
+        assert!(groups(3).outputs(&[x, vector, vector]).is_err());
+        assert!(groups(0).outputs(&[x, vector, vector]).is_err());
+
+        let mut tape = Tape::new();
+        let vars = [x, vector, vector].map(|s| tape.input("input", s));
+        let mean = tape.push_all(batch, &vars).unwrap()[1];
+        let seed = tape.input("seed", vector);
+        assert!(tape.backward_from(&[(mean, seed)], &vars[..1]).is_err());
+    }
+}

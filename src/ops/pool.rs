@@ -695,3 +695,136 @@ pub(super) fn global_avg_pool_case(s: &mut Sampler) -> Case {
     })
     .with("x", shape, s.values(shape.len(), -2.0, 2.0))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ops::apply;
+
+    /// What `combine` makes of each window's elements inside the image, in scan order.
+    fn reference(
+        windows: Windows,
+        from: Shape,
+        to: Shape,
+        x: &[f64],
+        combine: impl Fn(&[f64]) -> f64,
+    ) -> Vec<f64> {
+        let Windows {
+            kernel,
+            stride,
+            padding,
+        } = windows;
+        let mut y = Vec::new();
+        for (n, i) in (0..to.n).flat_map(|n| (0..to.h).map(move |i| (n, i))) {
+            for (j, c) in (0..to.w).flat_map(|j| (0..to.c).map(move |c| (j, c))) {
+                let mut inside = Vec::new();
+                for (r, s) in (0..kernel[0]).flat_map(|r| (0..kernel[1]).map(move |s| (r, s))) {
+                    let row = (i * stride[0] + r).wrapping_sub(padding[0]);
+                    let column = (j * stride[1] + s).wrapping_sub(padding[1]);
+                    if row < from.h && column < from.w {
+                        inside.push(x[((n * from.h + row) * from.w + column) * from.c + c]);
+                    }
+                }
+                y.push(combine(&inside));
+            }
+        }
+        y
+    }
+
+    proptest! {
+        #[test]
+        fn windows_follow_their_definition(seed in any::<u64>(), c in 1..40usize) {
+            let mut s = Sampler::new(seed);
+            let (windows, shape) = draw(&mut s);
+            let shape = Shape { c, ..shape };
+            let x = s.values(shape.len(), -2.0, 2.0);
+            let Windows { kernel, stride, padding } = windows;
+            let to = windows.output("pool", shape).unwrap();
+
+            let found = apply(MaxPool2d { kernel, stride, padding }, &[(shape, &x)]);
+            let maximum = |x: &[f64]| x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            prop_assert_eq!(&found, &reference(windows, shape, to, &x, maximum));
+
+            let found = apply(AvgPool2d { kernel, stride, padding }, &[(shape, &x)]);
+            let area = (kernel[0] * kernel[1]) as f64;
+            let average = |x: &[f64]| x.iter().sum::<f64>() / area;
+            for (a, b) in found.iter().zip(reference(windows, shape, to, &x, average)) {
+                prop_assert!((a - b).abs() < 1e-14);
+            }
+
+            let found = apply(GlobalAvgPool, &[(shape, &x)]);
+            for (i, &y) in found.iter().enumerate() {
+                let image = image(&x, shape, i / c);
+                let sum: f64 = image.iter().skip(i % c).step_by(c).sum();
+                prop_assert!((y - sum / shape.pixels() as f64).abs() < 1e-13);
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_of_equal_maxima_takes_the_gradient() {
+        let shape = Shape::new(1, 2, 4, 1);
+        let x = [3.0, 5.0, 7.0, 7.0, 5.0, 5.0, 7.0, 7.0];
+        let halves = MaxPool2dGradient(Windows::HALVES);
+        let dx = apply(
+            halves,
+            &[(shape, &x), (Shape::new(1, 1, 2, 1), &[1.0, 2.0])],
+        );
+        assert_eq!(dx, [0.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+
+        let overlapping = MaxPool2dGradient(Windows {
+            kernel: [2, 3],
+            stride: [1, 1],
+            padding: [0, 1],
+        });
+        let dy = [1.0, 2.0, 4.0, 8.0];
+        let dx = apply(overlapping, &[(shape, &x), (Shape::new(1, 1, 4, 1), &dy)]);
+        assert_eq!(dx, [0.0, 1.0, 14.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn nan_passes_through_and_infinities_compare() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        for kernel in [[2, 2], [2, 1]] {
+            let op = MaxPool2d {
+                kernel,
+                stride: [2, 2],
+                padding: [0, 0],
+            };
+            for (position, other) in (0..2).flat_map(|p| [(p, nan), (p, inf), (p, -inf), (p, 1.0)])
+            {
+                let mut x = [other; 8];
+                x[4 * position] = nan;
+                let y = apply(op, &[(Shape::new(1, 2, 2, 2), &x)]);
+                assert!(y[0].is_nan());
+                assert_eq!(y[1].to_bits(), other.to_bits());
+            }
+            let x = [-inf, inf, -inf, inf, -inf, 2.0, -inf, inf];
+            let y = apply(op, &[(Shape::new(1, 2, 2, 2), &x)]);
+            assert_eq!(y, [-inf, inf]);
+        }
+    }
+
+    #[test]
+    fn windows_that_do_not_fit_are_refused() {
+        let x = Shape::new(1, 4, 4, 1);
+        let pool = |kernel, stride, padding| {
+            MaxPool2d {
+                kernel,
+                stride,
+                padding,
+            }
+            .outputs(&[x])
+        };
+        assert_eq!(
+            pool([3, 3], [2, 2], [1, 1]).unwrap(),
+            [Shape::new(1, 2, 2, 1)]
+        );
+        assert!(pool([5, 2], [1, 1], [0, 0]).is_err());
+        assert!(pool([2, 2], [0, 1], [0, 0]).is_err());
+        assert!(pool([3, 3], [1, 1], [2, 0]).is_err());
+        assert!(pool([0, 1], [1, 1], [0, 0]).is_err());
+    }
+}

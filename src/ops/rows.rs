@@ -180,13 +180,13 @@ impl Rows {
             for m in 0..M {
                 for first in (0..self.channels).step_by(MAX_LANES) {
                     let mut total = [0.0; MAX_LANES];
+                    let columns = MAX_LANES.min(self.channels - first);
                     for p in 0..pieces {
-                        let sums = &sums[(p * M + m) * period + first..][..MAX_LANES];
+                        let sums = &sums[(p * M + m) * period + first..][..columns];
                         for (total, sum) in total.iter_mut().zip(sums) {
                             *total += sum.wide();
                         }
                     }
-                    let columns = MAX_LANES.min(self.channels - first);
                     for (sum, total) in sums[m * period + first..][..columns].iter_mut().zip(total)
                     {
                         *sum = T::of(total);

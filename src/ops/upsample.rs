@@ -191,3 +191,37 @@ pub(super) fn upsample2x_case(s: &mut Sampler) -> Case {
         s.values(shape.len(), -2.0, 2.0),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ops::apply;
+
+    proptest! {
+        #[test]
+        fn pixels_are_interpolated_between_centres(
+            n in 1..3usize, h in 1..6usize, w in 1..6usize, c in 1..40usize, seed in any::<u64>()
+        ) {
+            let shape = Shape::new(n, h, w, c);
+            let x = Sampler::new(seed).values(shape.len(), -2.0, 2.0);
+            let y = apply(Upsample2x, &[(shape, &x)]);
+            // Position of an output pixel's centre in the input: its two neighbours, and its distance from the first.
+            let place = |o: usize, size: usize| {
+                let at = ((o as f64 + 0.5) / 2.0 - 0.5).clamp(0.0, (size - 1) as f64);
+                (at.floor() as usize, (at.floor() as usize + 1).min(size - 1), at.fract())
+            };
+            for (i, &y) in y.iter().enumerate() {
+                let (channel, pixel) = (i % c, i / c);
+                let (column, row, image) = (pixel % (2 * w), pixel / (2 * w) % (2 * h), pixel / (4 * w * h));
+                let x = |r: usize, s: usize| x[((image * h + r) * w + s) * c + channel];
+                let (top, bottom, v) = place(row, h);
+                let (left, right, u) = place(column, w);
+                let expected = (1.0 - v) * ((1.0 - u) * x(top, left) + u * x(top, right))
+                    + v * ((1.0 - u) * x(bottom, left) + u * x(bottom, right));
+                prop_assert!((y - expected).abs() < 1e-14);
+            }
+        }
+    }
+}
