@@ -253,6 +253,9 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
+        // The rename itself must survive a power cut too.
+        #[cfg(unix)]
+        fs::File::open(folder)?.sync_all()?;
         Ok(())
     };
     write().map_err(|e| Error::caused(path, "cannot be written", e))
