@@ -1,0 +1,283 @@
+//! Layers and networks: functions that record operations on a tape under the names of their
+//! parameters.
+//!
+//! A [`Network`] wraps the tape while a model is recorded. The same model recorded in
+//! [`Mode::Train`] and in [`Mode::Evaluate`] has the same parameters by the same names, so weights
+//! move between the two by name. Random starting values are keyed by seed and name: models that share
+//! a layer start from the same weights in it, whatever else they have.
+//!
+//! ```
+//! use echograd::nn::{Heads, Mode, Network, UNet};
+//! use echograd::tape::{Kind, Tape};
+//! use echograd::tensor::Shape;
+//!
+//! let mut tape = Tape::new();
+//! let images = tape.input("images", Shape::new(2, 32, 32, 1));
+//! let unet = UNet { widths: vec![4, 8, 16], dropout: 0.0 };
+//! let mut network = Network::new(&mut tape, Mode::Evaluate);
+//! let logits = unet.record(&mut network, images, Heads { mask: true, malignancy: true })?;
+//! assert_eq!(tape.shape(logits.mask.unwrap()), Shape::new(2, 32, 32, 1));
+//! assert_eq!(tape.shape(logits.malignancy.unwrap()), Shape::per_image(2, 1));
+//! assert!(tape.find(Kind::Parameter, "encoder.0.conv1.weight").is_some());
+//! # Ok::<(), echograd::Error>(())
+//! ```
+
+mod unet;
+
+pub use unet::UNet;
+
+use crate::device::cpu::{Element, Session};
+use crate::device::philox::Philox;
+use crate::error::Result;
+use crate::ops::activation::Activation;
+use crate::ops::batch_norm::{BatchNorm, Normalize, RunningStatistics};
+use crate::ops::conv2d::Conv2d;
+use crate::ops::dropout::Dropout;
+use crate::ops::pointwise::BiasAdd;
+use crate::tape::{Tape, Var};
+use crate::tensor::Shape;
+
+/// Added to the variance by batch normalisation.
+pub const BATCH_NORM_EPS: f64 = 1e-5;
+/// Weight of a new batch in the running statistics.
+pub const BATCH_NORM_MOMENTUM: f64 = 0.1;
+
+/// Which behaviour of a network is recorded.
+#[derive(Clone, Copy, Debug)]
+pub enum Mode {
+    /// Batch statistics, running statistics updated, dropout.
+    Train {
+        /// The control vector, from which dropout takes the number of the step.
+        control: Var,
+        /// Seed of dropout.
+        seed: u64,
+    },
+    /// Running statistics, no dropout.
+    Evaluate,
+}
+
+/// Which outputs of a model are recorded; branches that lead to none are left out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Heads {
+    /// The lesion's mask.
+    pub mask: bool,
+    /// The lesion's malignancy.
+    pub malignancy: bool,
+}
+
+/// Outputs of a model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Logits {
+    /// N×H×W×1 at the images' resolution.
+    pub mask: Option<Var>,
+    /// N×1×1×1.
+    pub malignancy: Option<Var>,
+}
+
+/// How a value starts.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Start {
+    /// Normal with variance `2 / fan-in`, for a layer followed by a ReLU (He et al. 2015).
+    HeNormal,
+    /// Uniform with variance `1 / (3 fan-in)`, for a last layer, whose outputs should start small.
+    Uniform,
+    /// The same number everywhere.
+    Constant(f64),
+}
+
+/// A tape while a model is recorded on it.
+pub struct Network<'a> {
+    tape: &'a mut Tape,
+    mode: Mode,
+    dropouts: u32,
+    starts: Vec<(Var, Start)>,
+}
+
+impl<'a> Network<'a> {
+    /// Records onto `tape`.
+    pub fn new(tape: &'a mut Tape, mode: Mode) -> Self {
+        Self {
+            tape,
+            mode,
+            dropouts: 0,
+            starts: Vec::new(),
+        }
+    }
+
+    /// The tape.
+    pub fn tape(&mut self) -> &mut Tape {
+        self.tape
+    }
+
+    /// All parameters and states recorded so far, in order, and how they start.
+    pub fn starts(&self) -> &[(Var, Start)] {
+        &self.starts
+    }
+
+    /// Extent of a value.
+    pub fn shape(&self, var: Var) -> Shape {
+        self.tape.shape(var)
+    }
+
+    fn parameter(&mut self, layer: &str, name: &str, shape: Shape, start: Start) -> Var {
+        let var = self.tape.scope(layer, |tape| tape.parameter(name, shape));
+        self.starts.push((var, start));
+        var
+    }
+
+    fn state(&mut self, layer: &str, name: &str, shape: Shape, start: Start) -> Var {
+        let var = self.tape.scope(layer, |tape| tape.state(name, shape));
+        self.starts.push((var, start));
+        var
+    }
+
+    /// A square convolution to `channels`, stride 1, zero-padded so that the extent stays; parameter
+    /// `LAYER.weight`. `kernel` is odd.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] never for an odd `kernel`.
+    pub fn conv(
+        &mut self,
+        layer: &str,
+        x: Var,
+        channels: usize,
+        kernel: usize,
+        start: Start,
+    ) -> Result<Var> {
+        let shape = Shape::new(channels, kernel, kernel, self.shape(x).c);
+        let weight = self.parameter(layer, "weight", shape, start);
+        let op = Conv2d {
+            stride: [1, 1],
+            padding: [kernel / 2, kernel / 2],
+        };
+        self.tape.scope(layer, |tape| tape.push(op, &[x, weight]))
+    }
+
+    /// Adds `LAYER.bias` to each channel.
+    ///
+    /// # Errors
+    /// Never for a value of the tape.
+    pub fn bias(&mut self, layer: &str, x: Var) -> Result<Var> {
+        let shape = Shape::per_channel(self.shape(x).c);
+        let bias = self.parameter(layer, "bias", shape, Start::Constant(0.0));
+        self.tape
+            .scope(layer, |tape| tape.push(BiasAdd, &[x, bias]))
+    }
+
+    /// A linear map of the channels, with bias; parameters `LAYER.weight` and `LAYER.bias`.
+    ///
+    /// # Errors
+    /// Never for a value of the tape.
+    pub fn linear(&mut self, layer: &str, x: Var, channels: usize) -> Result<Var> {
+        let y = self.conv(layer, x, channels, 1, Start::Uniform)?;
+        self.bias(layer, y)
+    }
+
+    /// Batch normalisation and `activation`; parameters `LAYER.weight` and `LAYER.bias`, states
+    /// `LAYER.running_mean` and `LAYER.running_var`.
+    ///
+    /// # Errors
+    /// Never for a value of the tape.
+    pub fn batch_norm(&mut self, layer: &str, x: Var, activation: Activation) -> Result<Var> {
+        let shape = Shape::per_channel(self.shape(x).c);
+        let count = self.shape(x).rows();
+        let (zero, one) = (Start::Constant(0.0), Start::Constant(1.0));
+        let weight = self.parameter(layer, "weight", shape, one);
+        let bias = self.parameter(layer, "bias", shape, zero);
+        let running_mean = self.state(layer, "running_mean", shape, zero);
+        let running_var = self.state(layer, "running_var", shape, one);
+        let eps = BATCH_NORM_EPS;
+        let mode = self.mode;
+        self.tape.scope(layer, |tape| match mode {
+            Mode::Train { .. } => {
+                let norm = BatchNorm { eps, activation };
+                let batch = tape.push_all(norm, &[x, weight, bias])?;
+                let update = RunningStatistics {
+                    momentum: BATCH_NORM_MOMENTUM,
+                    count,
+                };
+                let running = [running_mean, running_var];
+                tape.update(update, &[batch[1], batch[2]], &running)?;
+                Ok(batch[0])
+            }
+            Mode::Evaluate => {
+                let inputs = [x, weight, bias, running_mean, running_var];
+                tape.push(Normalize { eps, activation }, &inputs)
+            }
+        })
+    }
+
+    /// Drops each element with probability `rate` in training.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if `rate` is not in [0, 1).
+    pub fn dropout(&mut self, x: Var, rate: f64) -> Result<Var> {
+        let layer = self.dropouts;
+        self.dropouts += 1;
+        match self.mode {
+            Mode::Train { control, seed } if rate > 0.0 => {
+                let op = Dropout { rate, seed, layer };
+                self.tape.push(op, &[x, control])
+            }
+            _ => Ok(x),
+        }
+    }
+
+    /// Records inside a scope of the tape.
+    pub fn scope<R>(&mut self, name: &str, body: impl FnOnce(&mut Network<'_>) -> R) -> R {
+        let Self {
+            tape,
+            mode,
+            dropouts,
+            starts,
+        } = self;
+        tape.scope(name, |tape| {
+            let mut inner = Network {
+                tape,
+                mode: *mode,
+                dropouts: *dropouts,
+                starts: std::mem::take(starts),
+            };
+            let result = body(&mut inner);
+            *dropouts = inner.dropouts;
+            *starts = inner.starts;
+            result
+        })
+    }
+}
+
+/// Writes the starting values that `seed` gives.
+pub fn initialise<T: Element>(session: &mut Session<T>, starts: &[(Var, Start)], seed: u64) {
+    for &(var, start) in starts {
+        let value = &session.plan().values()[var.index()];
+        let (shape, noise) = (value.shape, Philox::new(seed, hash(&value.name)));
+        let fan_in = shape.pixels() * shape.c;
+        let values = session.values_mut(var);
+        match start {
+            Start::Constant(constant) => values.fill(T::of(constant)),
+            Start::HeNormal => {
+                let sd = (2.0 / fan_in as f64).sqrt();
+                for (block, values) in values.chunks_mut(4).enumerate() {
+                    for (value, z) in values.iter_mut().zip(noise.normal4(block as u64)) {
+                        *value = T::of(sd * f64::from(z));
+                    }
+                }
+            }
+            Start::Uniform => {
+                let limit = 1.0 / (fan_in as f64).sqrt();
+                for (block, values) in values.chunks_mut(4).enumerate() {
+                    for (value, u) in values.iter_mut().zip(noise.uniform4(block as u64)) {
+                        *value = T::of(limit * (2.0 * f64::from(u) - 1.0));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// FNV-1a, 64 bits: the same on every machine and in every version, unlike the standard library's.
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
