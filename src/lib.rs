@@ -15,5 +15,6 @@ pub mod optim;
 pub mod report;
 pub mod tape;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -35,6 +35,11 @@ impl Mask {
         })
     }
 
+    /// Whether each pixel is lesion, row by row.
+    pub fn pixels(&self) -> &[bool] {
+        &self.pixels
+    }
+
     /// The number of pixels in the lesion.
     pub fn area(&self) -> usize {
         self.pixels.iter().filter(|&&inside| inside).count()

@@ -1,0 +1,145 @@
+//! A run's best network against a data set, at every image's own resolution.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::run::{MANIFEST, Manifest};
+use super::{Model, Report};
+use crate::data::{self, Source};
+use crate::error::{Error, Result};
+use crate::metrics::{DatasetMetrics, Mask, PerImage, write_csv, write_json};
+
+/// What to evaluate.
+#[derive(Clone, Copy, Debug)]
+pub struct EvaluateArgs<'a> {
+    /// The run's folder.
+    pub run: &'a Path,
+    /// The data set, `NAME:PATH`.
+    pub data: &'a str,
+    /// Folder for `metrics.json` and `per_image.csv`.
+    pub out: &'a Path,
+    /// Leave out all but one of identical images.
+    pub drop_duplicates: bool,
+    /// Count images that the run was trained on as well.
+    pub include_training: bool,
+}
+
+/// What came out.
+#[derive(Clone, Debug)]
+pub struct Evaluated {
+    /// Metrics, as in `metrics.json`.
+    pub metrics: DatasetMetrics,
+    /// Rows, as in `per_image.csv`.
+    pub rows: Vec<PerImage>,
+    /// Images left out because the run was trained on them: the same bytes, whatever their name.
+    pub trained_on: usize,
+}
+
+/// Evaluates, and writes `metrics.json` and `per_image.csv`.
+///
+/// # Errors
+/// [`Error::File`] if the run, the data or the results cannot be read or written;
+/// [`Error::Argument`] if no image is left; [`Error::Interrupted`].
+pub fn evaluate(
+    args: &EvaluateArgs<'_>,
+    report: &dyn Report,
+    interrupt: &AtomicBool,
+) -> Result<Evaluated> {
+    let mut model = Model::open(args.run)?;
+    let manifest = Manifest::read(&args.run.join(MANIFEST))?;
+    let source = data::open(args.data)?;
+    let (mut subset, drops) = if args.drop_duplicates {
+        data::without_duplicates(source.cases())
+    } else {
+        ((0..source.cases().len()).collect(), Vec::new())
+    };
+    for drop in source.drops().iter().chain(&drops) {
+        report.line(&format!("left out {}: {}", drop.file, drop.reason));
+    }
+    let before = subset.len();
+    if !args.include_training {
+        let seen: HashSet<&str> = manifest.train.iter().map(|i| i.sha256.as_str()).collect();
+        subset.retain(|&i| !seen.contains(source.cases()[i].sha256.as_str()));
+    }
+    let trained_on = before - subset.len();
+    if trained_on > 0 {
+        report.line(&format!(
+            "left out {trained_on} of {before} images of {}: the run was trained on them",
+            args.data
+        ));
+    }
+    if subset.is_empty() {
+        let problem = format!("expected images to evaluate, found none left of {before}");
+        return Err(Error::argument(args.data, problem));
+    }
+    make_folder(args.out)?;
+    let rows = examine(&mut model, &*source, &subset, report, interrupt)?;
+    let metrics = write(args.out, source.name(), &rows)?;
+    Ok(Evaluated {
+        metrics,
+        rows,
+        trained_on,
+    })
+}
+
+/// One row for each of the cases listed.
+pub(super) fn examine(
+    model: &mut Model,
+    source: &dyn Source,
+    subset: &[usize],
+    report: &dyn Report,
+    interrupt: &AtomicBool,
+) -> Result<Vec<PerImage>> {
+    let size = model.config().size;
+    let row = |model: &Model, k: usize, inference| -> Result<PerImage> {
+        let case = &source.cases()[subset[k]];
+        let finding = model.finding(&inference, &case.letterbox(size));
+        let mut row = PerImage::new(source.name(), &case.image, case.patient.clone(), case.label);
+        if let Some(mask) = &finding.mask {
+            let truth = Mask::from(&source.mask(subset[k])?);
+            row.compare(mask, &truth, case.pixel_mm)?;
+        }
+        row.p = finding.p;
+        row.phi = finding.phi;
+        if let Some(features) = finding.features {
+            row.irregularity = Some(features.irregularity);
+            row.orientation = Some(features.orientation);
+            row.margin = Some(features.margin);
+            row.roundness = Some(features.roundness);
+        }
+        Ok(row)
+    };
+    let what = format!("evaluating {}", source.name());
+    model.map(
+        subset.len(),
+        |k| data::letterboxed_image(source, subset[k], size),
+        row,
+        |done| {
+            report.progress(&what, done as u64, subset.len() as u64, "");
+            stop(interrupt)
+        },
+    )
+}
+
+/// Writes `metrics.json` and `per_image.csv` into `out`, a folder that exists.
+pub(super) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<DatasetMetrics> {
+    let metrics = DatasetMetrics::of(rows);
+    write_csv(&out.join("per_image.csv"), rows)?;
+    let datasets = BTreeMap::from([(name.to_owned(), metrics.clone())]);
+    write_json(&out.join("metrics.json"), &datasets)?;
+    Ok(metrics)
+}
+
+pub(super) fn make_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path)
+        .map_err(|e| Error::caused(path, format!("cannot be created: {e}"), e))
+}
+
+pub(super) fn stop(interrupt: &AtomicBool) -> Result<()> {
+    if interrupt.load(Ordering::SeqCst) {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
+}

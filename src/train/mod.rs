@@ -1,0 +1,34 @@
+//! Training, evaluation and prediction: what the commands of those names do.
+//!
+//! [`run::train`] writes a folder RUN: `config.toml`, `manifest.json` (data, split, machine),
+//! `metrics.csv` (a row per epoch), `best.safetensors` and `last.safetensors` (all of the run's state),
+//! and the best weights' metrics on the validation fold in `validation/`. [`evaluate::evaluate`] and
+//! [`predict::predict`] read it.
+
+pub mod checkpoint;
+pub mod config;
+pub mod evaluate;
+pub mod model;
+pub mod predict;
+pub mod run;
+pub mod schedule;
+pub mod step;
+
+pub use config::Config;
+pub use model::Model;
+
+/// Where long work tells how it goes.
+pub trait Report: Sync {
+    /// A line worth keeping.
+    fn line(&self, text: &str) {
+        let _ = text;
+    }
+
+    /// `done` of `total` pieces of `what` are finished; `message` says how it goes.
+    fn progress(&self, what: &str, done: u64, total: u64, message: &str) {
+        let _ = (what, done, total, message);
+    }
+}
+
+/// Silence.
+impl Report for () {}

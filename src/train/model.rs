@@ -1,0 +1,223 @@
+//! A trained network, ready to look at images.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use super::checkpoint::{Checkpoint, weights_prefix};
+use super::config::Config;
+use super::step::{Evaluation, TrainingStep};
+use crate::data::letterbox::Letterbox;
+use crate::device::cpu::Session;
+use crate::error::{Error, Result};
+use crate::features::{MaskSums, Prior, ShapeFeatures};
+use crate::metrics::Mask;
+use crate::metrics::classification::THRESHOLD;
+use crate::tape::{Kind, Var};
+
+/// Name of the configuration in a run's folder.
+pub const CONFIG: &str = "config.toml";
+/// Name of the best checkpoint in a run's folder.
+pub const BEST: &str = "best.safetensors";
+/// Name of the latest checkpoint in a run's folder.
+pub const LAST: &str = "last.safetensors";
+
+/// What the network says of one letterboxed image.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Inference {
+    /// Mask logits, S×S; absent if the arm does not segment.
+    pub logits: Option<Vec<f32>>,
+    /// Probability of malignancy; absent if the arm does not classify.
+    pub p: Option<f64>,
+}
+
+/// What is found in one image.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Finding {
+    /// The lesion at the image's own resolution; absent if the arm does not segment.
+    pub mask: Option<Mask>,
+    /// Probability of malignancy; absent if the arm does not classify.
+    pub p: Option<f64>,
+    /// The prior of the soft mask; absent if no lesion is measurable or the run has no prior.
+    pub phi: Option<f64>,
+    /// The shape features of the soft mask, absent if no lesion is measurable.
+    pub features: Option<ShapeFeatures>,
+}
+
+/// A network in evaluation with its weights.
+pub struct Model {
+    config: Config,
+    evaluation: Evaluation,
+    session: Session<f32>,
+    prior: Option<Prior>,
+}
+
+impl Model {
+    /// A network whose weights are still to be given ([`Model::copy_weights`]).
+    ///
+    /// # Errors
+    /// As [`Evaluation::record`] and [`Evaluation::session`].
+    pub fn new(config: Config) -> Result<Self> {
+        let evaluation = Evaluation::record(&config)?;
+        let session = evaluation.session()?;
+        Ok(Self {
+            config,
+            evaluation,
+            session,
+            prior: None,
+        })
+    }
+
+    /// The best network of the run in folder `run`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the folder does not hold a run with a checkpoint, or they do not fit.
+    pub fn open(run: &Path) -> Result<Self> {
+        let path = run.join(CONFIG);
+        if !path.is_file() {
+            let problem = "expected the folder of a run, found no config.toml in it";
+            return Err(Error::file(run, problem));
+        }
+        let mut model = Self::new(Config::load(Some(&path), &[])?)?;
+        let path = run.join(BEST);
+        let checkpoint = Checkpoint::read(&path)?;
+        checkpoint.evaluate(&path, &model.evaluation.tape, &mut model.session)?;
+        model.prior = prior(|name| {
+            let averaged = format!("{}{name}", weights_prefix(&checkpoint.config));
+            let tensor = checkpoint.tensor(&averaged);
+            let tensor = tensor.or_else(|| checkpoint.tensor(name))?;
+            Some(tensor.data().to_vec())
+        });
+        Ok(model)
+    }
+
+    /// What the run was asked to do.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Takes the weights as they stand in training: moving averages if there are any.
+    pub fn copy_weights(&mut self, step: &TrainingStep, training: &Session<f32>) {
+        let prefix = weights_prefix(&self.config);
+        let find = |name: &str| -> Option<Var> {
+            let averaged = format!("{prefix}{name}");
+            [Kind::Parameter, Kind::State]
+                .into_iter()
+                .find_map(|kind| step.tape.find(kind, &averaged))
+        };
+        let tape = &self.evaluation.tape;
+        for kind in [Kind::Parameter, Kind::State] {
+            for var in tape.of_kind(kind) {
+                let source = find(tape.name(var)).expect("both tapes record one network");
+                self.session.write(var, training.read(source));
+            }
+        }
+    }
+
+    /// Shows up to a batch of letterboxed 8-bit images to the network.
+    ///
+    /// # Panics
+    /// If there are more images than the configuration's batch, or one is not S×S.
+    pub fn infer(&mut self, images: &[&[u8]]) -> Vec<Inference> {
+        let pixels = self.config.size * self.config.size;
+        let input = self.session.values_mut(self.evaluation.images);
+        for (row, image) in input.chunks_exact_mut(pixels).zip(images) {
+            crate::data::augment::unit(image, row);
+        }
+        assert!(images.len() <= self.config.batch, "too many images");
+        self.session.run();
+        let logits = self.evaluation.logits;
+        (0..images.len())
+            .map(|i| Inference {
+                logits: logits
+                    .mask
+                    .map(|v| self.session.read(v)[i * pixels..][..pixels].to_vec()),
+                p: logits
+                    .malignancy
+                    .map(|v| sigmoid(f64::from(self.session.read(v)[i]))),
+            })
+            .collect()
+    }
+
+    /// The lesion, its features and its prior, for an image that lies in the network's square as
+    /// `letterbox` says. A pixel belongs to the lesion where its probability, brought back to the image's
+    /// resolution, is at least one half.
+    pub fn finding(&self, inference: &Inference, letterbox: &Letterbox) -> Finding {
+        let mut finding = Finding {
+            mask: None,
+            p: inference.p,
+            phi: None,
+            features: None,
+        };
+        let Some(logits) = &inference.logits else {
+            return finding;
+        };
+        let of = |sharpness: f64| -> Vec<f32> {
+            let at = |&z: &f32| sigmoid(sharpness * f64::from(z)) as f32;
+            logits.iter().map(at).collect()
+        };
+        let inside = |&p: &f32| f64::from(p) >= THRESHOLD;
+        let pixels = letterbox.inverse(&of(1.0)).iter().map(inside).collect();
+        let mask = Mask::new(letterbox.width, letterbox.height, pixels);
+        finding.mask = Some(mask.expect("the letterbox knows the image's extent"));
+        let sums = MaskSums::of(&of(self.config.loss.kappa), self.config.size);
+        finding.features = sums.features();
+        finding.phi = self
+            .prior
+            .as_ref()
+            .zip(finding.features.as_ref())
+            .map(|(prior, features)| prior.phi(features));
+        finding
+    }
+
+    /// Shows all `images` to the network, batch after batch, and calls `done` with the number shown
+    /// after each batch; the results of `each`, run in parallel, in the order of the images.
+    ///
+    /// # Errors
+    /// The first of `load` and `each`, in the order of the images.
+    pub fn map<R: Send>(
+        &mut self,
+        images: usize,
+        load: impl Fn(usize) -> Result<Vec<u8>> + Sync,
+        each: impl Fn(&Self, usize, Inference) -> Result<R> + Sync,
+        mut done: impl FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<R>> {
+        let mut results = Vec::with_capacity(images);
+        for start in (0..images).step_by(self.config.batch) {
+            let end = images.min(start + self.config.batch);
+            let loaded: Vec<_> = (start..end).into_par_iter().map(&load).collect();
+            let loaded = loaded.into_iter().collect::<Result<Vec<_>>>()?;
+            let views: Vec<&[u8]> = loaded.iter().map(Vec::as_slice).collect();
+            let inferences = self.infer(&views);
+            let this = &*self;
+            let found: Vec<_> = inferences
+                .into_par_iter()
+                .enumerate()
+                .map(|(i, inference)| each(this, start + i, inference))
+                .collect();
+            for result in found {
+                results.push(result?);
+            }
+            done(end)?;
+        }
+        Ok(results)
+    }
+}
+
+/// The prior from its tensors by name; `None` if they are absent.
+fn prior(tensor: impl Fn(&str) -> Option<Vec<f32>>) -> Option<Prior> {
+    let vector = |name: &str| -> Option<[f64; 4]> {
+        let values: [f32; 4] = tensor(name)?.try_into().ok()?;
+        Some(values.map(f64::from))
+    };
+    Some(Prior {
+        weights: vector("prior.weight")?,
+        bias: f64::from(*tensor("prior.bias")?.first()?),
+        mean: vector("prior.mean")?,
+        sd: vector("prior.sd")?,
+    })
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}

@@ -1,0 +1,704 @@
+//! The training loop.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::checkpoint::{self, Checkpoint, Position};
+use super::config::{Arm, Config, PriorStart};
+use super::evaluate::{examine, make_folder, stop, write};
+use super::model::{BEST, CONFIG, LAST};
+use super::step::TrainingStep;
+use super::{Model, Report, schedule};
+use crate::data::image::write_atomically;
+use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
+use crate::data::split::{self, Fold};
+use crate::data::{self, Case, Example, Label, Source};
+use crate::device::cpu::Session;
+use crate::device::simd::Level;
+use crate::error::{Error, Result};
+use crate::features::{FitOptions, MaskSums, Prior, Start};
+use crate::metrics::classification::Auc;
+use crate::metrics::{DatasetMetrics, write_csv};
+use crate::ops::control;
+
+/// Name of the file that says what a run was made from.
+pub const MANIFEST: &str = "manifest.json";
+/// Name of the file with a row per epoch.
+pub const METRICS: &str = "metrics.csv";
+/// Name of the folder with the best network's metrics on the validation fold.
+pub const VALIDATION: &str = "validation";
+
+/// Batches prepared ahead of the step.
+const AHEAD: usize = 3;
+
+/// What to train.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainArgs<'a> {
+    /// The run's folder: new, empty, or with `resume` that of an earlier call.
+    pub out: &'a Path,
+    /// A configuration file.
+    pub config: Option<&'a Path>,
+    /// Keys and values that overlay it.
+    pub settings: &'a [(String, String)],
+    /// Go on where the run in `out` stopped.
+    pub resume: bool,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    /// Epochs done.
+    pub epochs: u64,
+    /// The epoch whose weights are kept as the best, counted from 1.
+    pub best_epoch: u64,
+    /// Its validation score at the network's resolution: Dice, in the classification arm AUC.
+    pub best: f64,
+    /// Metrics of the best weights on the validation fold, at original resolution.
+    pub validation: DatasetMetrics,
+}
+
+/// `manifest.json`: what the run was made from.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Program and version.
+    pub program: String,
+    /// Where it computes.
+    pub device: String,
+    /// Instruction set of the kernels: results have the same bits where this is equal.
+    pub instruction_set: String,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Name of the data set.
+    pub dataset: String,
+    /// SHA-256 over the hashes of all its images, in order.
+    pub dataset_sha256: String,
+    /// Cases by label: benign, malignant, normal.
+    pub cases: [usize; 3],
+    /// Images left out, and why.
+    pub drops: Vec<data::Drop>,
+    /// Images trained on.
+    pub train: Vec<Image>,
+    /// Images that chose the model.
+    pub validation: Vec<Image>,
+    /// The configuration.
+    pub config: Config,
+}
+
+/// An image of a [`Manifest`].
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Image {
+    /// File name.
+    pub image: String,
+    /// SHA-256 of the file.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads `manifest.json`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is missing or of another form.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path)
+            .map_err(|e| Error::caused(path, format!("cannot be read: {e}"), e))?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| Error::caused(path, format!("expected a run's manifest: {e}"), e))
+    }
+}
+
+/// A row of `metrics.csv`. Losses are means over the epoch's images; what the arm lacks is empty.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+struct Row {
+    epoch: u64,
+    step: u64,
+    learning_rate: f64,
+    ramp: f64,
+    loss: f64,
+    cross_entropy: Option<f64>,
+    dice_loss: Option<f64>,
+    classification: Option<f64>,
+    consistency: Option<f64>,
+    gradient_norm: f64,
+    val_dice: Option<f64>,
+    val_auc: Option<f64>,
+    seconds: f64,
+}
+
+/// Trains, and writes the run's folder.
+///
+/// # Errors
+/// [`Error::Argument`] for a configuration or data that cannot be trained on, or an `out` that already
+/// holds something; [`Error::File`] for files that cannot be read or written; [`Error::NonFinite`] if
+/// the loss or the gradient stops being finite, the last good checkpoint staying; and
+/// [`Error::Interrupted`], after saving the state in the middle of the epoch.
+pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
+    let config = configuration(args)?;
+    let data = Data::open(&config, report)?;
+    let mut run = Run::new(args.out, config, data, report)?;
+    if args.resume {
+        run.resume()?;
+    } else {
+        run.begin()?;
+    }
+    run.epochs(interrupt)?;
+    run.finish(interrupt)
+}
+
+fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
+    let path = args.out.join(CONFIG);
+    if args.resume {
+        if !path.is_file() {
+            let problem = "expected the folder of a run to resume, found no config.toml in it";
+            return Err(Error::file(args.out, problem));
+        }
+        let own = Config::load(Some(&path), &[])?;
+        let asked = match args.config {
+            Some(file) => Config::load(Some(file), args.settings)?,
+            None => own.clone().with(args.settings)?,
+        };
+        return match own.difference(&asked) {
+            None => Ok(own),
+            Some((key, ours, theirs)) => {
+                let problem =
+                    format!("expected {ours}, as the run to resume has it, found {theirs}");
+                Err(Error::argument(key, problem))
+            }
+        };
+    }
+    let config = Config::load(args.config, args.settings)?;
+    // Hidden files may be what a killed run left of a file that it was writing.
+    let hidden = |name: std::ffi::OsString| name.to_string_lossy().starts_with('.');
+    let used = match std::fs::read_dir(args.out) {
+        Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|e| !hidden(e.file_name()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+        Err(e) => return Err(Error::caused(args.out, format!("cannot be read: {e}"), e)),
+    };
+    if path.exists() {
+        let problem = "already holds a run: go on with it (--resume) or choose another folder";
+        return Err(Error::file(args.out, problem));
+    }
+    if used {
+        let problem = "expected a new or empty folder, found files in it";
+        return Err(Error::file(args.out, problem));
+    }
+    Ok(config)
+}
+
+/// The data of a run.
+struct Data {
+    source: Box<dyn Source>,
+    drops: Vec<data::Drop>,
+    fold: Fold,
+    /// All cases, letterboxed.
+    examples: Vec<Example>,
+    /// Weight of benign and of malignant images in the classification loss.
+    class_weights: [f32; 2],
+    /// Fitted to the training masks.
+    prior: Option<Prior>,
+}
+
+impl Data {
+    fn open(config: &Config, report: &dyn Report) -> Result<Self> {
+        let source = data::open(&config.data)?;
+        let cases = source.cases();
+        let (mut subset, mut drops) = if config.drop_duplicates {
+            data::without_duplicates(cases)
+        } else {
+            ((0..cases.len()).collect(), Vec::new())
+        };
+        drops.splice(..0, source.drops().iter().cloned());
+        for drop in &drops {
+            report.line(&format!("left out {}: {}", drop.file, drop.reason));
+        }
+        for group in data::duplicates(cases) {
+            let names: Vec<_> = group.iter().map(|&i| cases[i].image.as_str()).collect();
+            report.line(&format!("the same bytes: {}", names.join(", ")));
+        }
+        subset.retain(|&i| cases[i].label.is_lesion());
+        let (folds, fold) = (config.folds, config.fold);
+        let fold = split::fold(cases, &subset, folds, fold, config.fold_seed)?;
+        if fold.train.is_empty() || fold.validation.is_empty() {
+            let problem = format!(
+                "expected lesions to train and to validate on, found {} and {}",
+                fold.train.len(),
+                fold.validation.len()
+            );
+            return Err(Error::argument(&config.data, problem));
+        }
+        let malignant = |&&i: &&usize| cases[i].label == Label::Malignant;
+        for part in [&fold.train, &fold.validation] {
+            let count = part.iter().filter(malignant).count();
+            if config.arm.classifies() && (count == 0 || count == part.len()) {
+                let problem = format!(
+                    "expected benign and malignant images to classify, found {count} malignant of {}",
+                    part.len()
+                );
+                return Err(Error::argument(&config.data, problem));
+            }
+        }
+        let total = cases.len() as u64;
+        let read = std::sync::atomic::AtomicU64::new(0);
+        let examples = data::load(&*source, config.size, &|| {
+            let done = 1 + read.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            report.progress("reading images", done, total, "");
+        })?;
+        let prior = if config.arm.segments() {
+            match fit(cases, &examples, &fold, config) {
+                Ok(prior) => Some(prior),
+                Err(error) if config.arm == Arm::Consistency => return Err(error),
+                Err(error) => {
+                    report.line(&format!("no prior: {error}"));
+                    None
+                }
+            }
+        } else {
+            None
+        };
+        let class_weights = if config.loss.class_weights && config.arm.classifies() {
+            let n = fold.train.len() as f32;
+            let malignant = fold.train.iter().filter(malignant).count() as f32;
+            [n / (2.0 * (n - malignant)), n / (2.0 * malignant)]
+        } else {
+            [1.0; 2]
+        };
+        Ok(Self {
+            drops,
+            fold,
+            examples,
+            class_weights,
+            prior,
+            source,
+        })
+    }
+
+    fn manifest(&self, config: &Config) -> Manifest {
+        let cases = self.source.cases();
+        let mut hash = Sha256::new();
+        cases.iter().for_each(|case| hash.update(&case.sha256));
+        let hash = hash.finalize();
+        let images = |part: &[usize]| -> Vec<Image> {
+            part.iter()
+                .map(|&i| Image {
+                    image: cases[i].image.clone(),
+                    sha256: cases[i].sha256.clone(),
+                })
+                .collect()
+        };
+        Manifest {
+            program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
+            device: "cpu".into(),
+            instruction_set: Level::current().name().into(),
+            seed: config.seed,
+            dataset: self.source.name().to_owned(),
+            dataset_sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
+            cases: Label::ALL.map(|l| cases.iter().filter(|case| case.label == l).count()),
+            drops: self.drops.clone(),
+            train: images(&self.fold.train),
+            validation: images(&self.fold.validation),
+            config: config.clone(),
+        }
+    }
+
+    /// The training images, as the loader wants them.
+    fn pool(&self, size: usize) -> Result<Pool> {
+        let mut pool = Pool::new(size);
+        for &i in &self.fold.train {
+            let malignant = self.source.cases()[i].label == Label::Malignant;
+            let target = Target {
+                label: f32::from(u8::from(malignant)),
+                weight: 1.0,
+            };
+            pool.push(&self.examples[i].image, &self.examples[i].mask, target)?;
+        }
+        Ok(pool)
+    }
+}
+
+/// The prior, fitted to the fold's training masks.
+fn fit(cases: &[Case], examples: &[Example], fold: &Fold, config: &Config) -> Result<Prior> {
+    let (mut rows, mut malignant) = (Vec::new(), Vec::new());
+    for &i in &fold.train {
+        let mut mask = vec![0.0f32; config.size * config.size];
+        data::augment::unit(&examples[i].mask, &mut mask);
+        if let Some(features) = MaskSums::of(&mask, config.size).features() {
+            rows.push(features);
+            malignant.push(cases[i].label == Label::Malignant);
+        }
+    }
+    let options = FitOptions {
+        start: match config.prior.start {
+            PriorStart::Fitted => Start::Fitted,
+            PriorStart::Equal => Start::Equal,
+        },
+        free_sign: config.prior.free_sign,
+    };
+    Prior::fit(&rows, &malignant, options)
+}
+
+/// The requests of one epoch. The last batch is filled up with the epoch's first images, whose weight
+/// will be 0: batch statistics are then taken over as many images as ever, all of them real.
+fn requests(seed: u64, epoch: u64, images: usize, batch: usize) -> Vec<Request> {
+    let mut requests: Vec<_> = loader::epoch(seed, epoch, (0..images).collect(), batch).collect();
+    let order: Vec<usize> = requests.iter().flat_map(|r| r.indices.clone()).collect();
+    if let Some(last) = requests.last_mut() {
+        let missing = batch - last.indices.len();
+        last.indices.extend(order.iter().cycle().take(missing));
+    }
+    requests
+}
+
+struct Run<'a> {
+    out: &'a Path,
+    report: &'a dyn Report,
+    config: Config,
+    data: Data,
+    pool: Arc<Pool>,
+    step: TrainingStep,
+    session: Session<f32>,
+    model: Model,
+    position: Position,
+    rows: Vec<Row>,
+}
+
+impl<'a> Run<'a> {
+    fn new(out: &'a Path, config: Config, data: Data, report: &'a dyn Report) -> Result<Self> {
+        let step = TrainingStep::record(&config, data.prior.is_some())?;
+        let mut session = step.session(config.seed, data.prior.as_ref())?;
+        if !config.init.is_empty() {
+            let path = Path::new(&config.init);
+            let checkpoint = Checkpoint::read(path)?;
+            let missing = checkpoint.initialise(path, &step.tape, &mut session)?;
+            if !missing.is_empty() {
+                let missing = missing.join(", ");
+                report.line(&format!("{} lacks {missing}: random", path.display()));
+            }
+            step.start_averages(&mut session);
+        }
+        Ok(Self {
+            out,
+            report,
+            pool: Arc::new(data.pool(config.size)?),
+            model: Model::new(config.clone())?,
+            config,
+            data,
+            step,
+            session,
+            position: Position::default(),
+            rows: Vec::new(),
+        })
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        make_folder(self.out)?;
+        // First: a folder with a configuration is one that can be resumed.
+        write_atomically(&self.out.join(CONFIG), self.config.to_toml().as_bytes())?;
+        self.write_manifest()
+    }
+
+    fn write_manifest(&self) -> Result<()> {
+        let path = self.out.join(MANIFEST);
+        let mut json = serde_json::to_vec_pretty(&self.data.manifest(&self.config))
+            .map_err(|e| Error::caused(&path, "cannot be written as JSON", e))?;
+        json.push(b'\n');
+        write_atomically(&path, &json)
+    }
+
+    /// Takes up the last checkpoint; a run that was stopped before its first one begins anew.
+    fn resume(&mut self) -> Result<()> {
+        if !self.out.join(MANIFEST).is_file() {
+            self.write_manifest()?;
+        }
+        let manifest = Manifest::read(&self.out.join(MANIFEST))?;
+        let now = self.data.manifest(&self.config);
+        if (&manifest.train, &manifest.validation) != (&now.train, &now.validation) {
+            let problem = "expected the images that the run began with, found others";
+            return Err(Error::argument(&self.config.data, problem));
+        }
+        if manifest.instruction_set != now.instruction_set {
+            self.report.line(&format!(
+                "resumed with {} instructions, begun with {}: results may differ in their last bits",
+                now.instruction_set, manifest.instruction_set
+            ));
+        }
+        let path = self.out.join(LAST);
+        if !path.is_file() {
+            return Ok(());
+        }
+        let checkpoint = Checkpoint::read(&path)?;
+        if let Some((key, expected, found)) = self.config.difference(&checkpoint.config) {
+            let problem =
+                format!("another run's checkpoint: {key}: expected {expected}, found {found}");
+            return Err(Error::file(path, problem));
+        }
+        checkpoint.restore(&path, &self.step.tape, &mut self.session)?;
+        self.position = checkpoint.position;
+        let path = self.out.join(METRICS);
+        if path.is_file() {
+            let unreadable =
+                |e: csv::Error| Error::caused(&path, format!("cannot be read: {e}"), e);
+            let mut reader = csv::Reader::from_path(&path).map_err(unreadable)?;
+            let rows = reader.deserialize().collect::<Result<Vec<Row>, _>>();
+            self.rows = rows.map_err(unreadable)?;
+            // A row may have been written just before the checkpoint that would have gone with it.
+            let epoch = self.position.epoch;
+            self.rows.retain(|row| row.epoch <= epoch);
+        }
+        Ok(())
+    }
+
+    fn per_epoch(&self) -> u64 {
+        self.data.fold.train.len().div_ceil(self.config.batch) as u64
+    }
+
+    fn save(&self, name: &str) -> Result<()> {
+        let path = self.out.join(name);
+        let (tape, session) = (&self.step.tape, &self.session);
+        checkpoint::write(&path, tape, session, &self.config, &self.position)
+    }
+
+    /// Whether no epoch is left or early stopping says so.
+    fn over(&self) -> bool {
+        let patience = self.config.early_stopping.patience;
+        let waited = self.position.epoch - self.position.best_epoch;
+        self.position.epoch >= self.config.epochs || (patience > 0 && waited >= patience)
+    }
+
+    fn epochs(&mut self, interrupt: &AtomicBool) -> Result<()> {
+        if self.over() {
+            return Ok(());
+        }
+        let (seed, batch) = (self.config.seed, self.config.batch);
+        let images = self.data.fold.train.len();
+        let upcoming = (self.position.epoch..self.config.epochs)
+            .flat_map(move |epoch| requests(seed, epoch, images, batch))
+            .skip(self.position.step as usize);
+        let loader = LoaderConfig {
+            batch,
+            workers: self.config.workers,
+            ahead: AHEAD,
+            seed,
+            augment: Some(self.config.augment),
+        };
+        let mut loader = Loader::new(Arc::clone(&self.pool), loader, upcoming)?;
+        while !self.over() {
+            let started = Instant::now();
+            while self.position.step < self.per_epoch() {
+                let batch = loader.next().expect("as many batches as steps")?;
+                self.train_batch(&batch)?;
+                loader.recycle(batch);
+                self.position.step += 1;
+                let done = self.position.epoch * self.per_epoch() + self.position.step;
+                let total = self.config.epochs * self.per_epoch();
+                let message = format!("epoch {}", self.position.epoch + 1);
+                self.report.progress("training", done, total, &message);
+                if stop(interrupt).is_err() {
+                    self.save(LAST)?;
+                    return Err(Error::Interrupted);
+                }
+            }
+            self.end_epoch(started)?;
+        }
+        Ok(())
+    }
+
+    /// Runs one step and adds its losses to the epoch's sums.
+    fn train_batch(&mut self, batch: &Batch) -> Result<()> {
+        let Position { epoch, step, .. } = self.position;
+        let number = epoch * self.per_epoch() + step + 1;
+        let images = self.data.fold.train.len() - step as usize * self.config.batch;
+        let present = images.min(self.config.batch);
+        let values = schedule::control(&self.config, number, self.per_epoch());
+        let TrainingStep {
+            images, targets, ..
+        } = &self.step;
+        let session = &mut self.session;
+        session.write(*images, batch.images.data());
+        session.write(targets.masks, batch.masks.data());
+        session.write(targets.labels, batch.labels.data());
+        session.write(targets.control, &values);
+        let weight = |i: usize| if i < present { 1.0 } else { 0.0 };
+        for (i, label) in batch.labels.data().iter().enumerate() {
+            session.values_mut(targets.weights)[i] = weight(i);
+            let class = self.data.class_weights[usize::from(*label > 0.5)];
+            session.values_mut(targets.class_weights)[i] = weight(i) * class;
+        }
+        session.run();
+        let (loss, norm) = (
+            session.read(self.step.terms.total)[0],
+            session.read(self.step.norm)[0],
+        );
+        if !(loss.is_finite() && norm.is_finite()) {
+            // The optimizer has left everything as it was, so the same step can be run again.
+            let tensor = session.run_checked();
+            let cases = self.data.source.cases();
+            let name = |&i: &usize| cases[self.data.fold.train[i]].image.clone();
+            return Err(Error::NonFinite {
+                step: number,
+                tensor: tensor.unwrap_or_else(|| "an earlier step".to_owned()),
+                images: batch.indices.iter().map(name).collect(),
+            });
+        }
+        let terms = self
+            .step
+            .terms
+            .each()
+            .into_iter()
+            .chain([Some(self.step.norm)]);
+        let sums = &mut self.position.sums;
+        sums.resize(terms.clone().count(), 0.0);
+        for (sum, term) in sums.iter_mut().zip(terms) {
+            let value = term.map_or(0.0, |term| session.read(term)[0]);
+            *sum += present as f64 * f64::from(value);
+        }
+        Ok(())
+    }
+
+    /// Validates, and writes a row of metrics and the checkpoints.
+    fn end_epoch(&mut self, started: Instant) -> Result<()> {
+        let (dice, auc) = self.validate();
+        let images = self.data.fold.train.len() as f64;
+        let sums = std::mem::take(&mut self.position.sums);
+        let means: Vec<f64> = sums.iter().map(|sum| sum / images).collect();
+        let terms = self.step.terms.each();
+        let mean = |i: usize| terms[i].map(|_| means[i]);
+        self.position.step = 0;
+        self.position.epoch += 1;
+        let epoch = self.position.epoch;
+        let step = epoch * self.per_epoch();
+        let values = schedule::control(&self.config, step, self.per_epoch());
+        let score = if self.config.arm.segments() {
+            dice
+        } else {
+            auc
+        };
+        let score = score.expect("the validation fold has what the arm is judged by");
+        let better = self.position.best.is_none_or(|best| score > best);
+        if better {
+            self.position.best = Some(score);
+            self.position.best_epoch = epoch;
+        }
+        let row = Row {
+            epoch,
+            step,
+            learning_rate: f64::from(values[control::LEARNING_RATE]),
+            ramp: f64::from(values[control::RAMP]),
+            loss: means[0],
+            cross_entropy: mean(1),
+            dice_loss: mean(2),
+            classification: mean(3),
+            consistency: mean(4),
+            gradient_norm: means[5],
+            val_dice: dice,
+            val_auc: auc,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        let show = |name: &str, value: Option<f64>| {
+            value.map_or(String::new(), |value| format!("  {name} {value:.3}"))
+        };
+        self.report.line(&format!(
+            "epoch {epoch:>3}/{}  loss {:.4}{}{}  {:.1} s{}",
+            self.config.epochs,
+            row.loss,
+            show("validation Dice", dice),
+            show("AUC", auc),
+            row.seconds,
+            if better { "  best" } else { "" },
+        ));
+        self.rows.push(row);
+        if better {
+            self.save(BEST)?;
+        }
+        write_csv(&self.out.join(METRICS), &self.rows)?;
+        // Last: whatever is cut off before this is done again, with the same result.
+        self.save(LAST)
+    }
+
+    /// Mean Dice at the network's resolution over the validation fold, and its AUC.
+    fn validate(&mut self) -> (Option<f64>, Option<f64>) {
+        self.model.copy_weights(&self.step, &self.session);
+        let (examples, cases) = (&self.data.examples, self.data.source.cases());
+        let validation = &self.data.fold.validation;
+        let (mut dice, mut scores) = (0.0, Vec::new());
+        for part in validation.chunks(self.config.batch) {
+            let images: Vec<&[u8]> = part.iter().map(|&i| &examples[i].image[..]).collect();
+            for (&i, inference) in part.iter().zip(self.model.infer(&images)) {
+                if let Some(logits) = inference.logits {
+                    dice += overlap(&logits, &examples[i].mask);
+                }
+                if let Some(p) = inference.p {
+                    scores.push((p, cases[i].label == Label::Malignant));
+                }
+            }
+        }
+        let segments = self.config.arm.segments();
+        let dice = segments.then_some(dice / validation.len() as f64);
+        (dice, Auc::of(&scores).map(|auc| auc.value))
+    }
+
+    /// The best weights on the validation fold, at original resolution.
+    fn finish(self, interrupt: &AtomicBool) -> Result<Trained> {
+        let mut model = Model::open(self.out)?;
+        let source = &*self.data.source;
+        let subset = &self.data.fold.validation;
+        let rows = examine(&mut model, source, subset, self.report, interrupt)?;
+        let folder = self.out.join(VALIDATION);
+        make_folder(&folder)?;
+        Ok(Trained {
+            epochs: self.position.epoch,
+            best_epoch: self.position.best_epoch,
+            best: self.position.best.unwrap_or_default(),
+            validation: write(&folder, source.name(), &rows)?,
+        })
+    }
+}
+
+/// Dice coefficient of the pixels with logit ≥ 0 and those that are at least half lesion. 0 if nothing
+/// is predicted.
+fn overlap(logits: &[f32], mask: &[u8]) -> f64 {
+    let (mut both, mut either) = (0u64, 0u64);
+    for (&z, &g) in logits.iter().zip(mask) {
+        let (predicted, truth) = (z >= 0.0, g >= 128);
+        both += u64::from(predicted && truth);
+        either += u64::from(predicted) + u64::from(truth);
+    }
+    // A lesion too thin to fill half a pixel anywhere, and none predicted.
+    if either == 0 {
+        return 0.0;
+    }
+    2.0 * both as f64 / either as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_batch_is_filled_with_the_first_images_of_its_epoch() {
+        let requests = requests(3, 7, 10, 4);
+        assert!(
+            requests
+                .iter()
+                .all(|r| r.indices.len() == 4 && r.epoch == 7)
+        );
+        let shown: Vec<usize> = requests.iter().flat_map(|r| r.indices.clone()).collect();
+        let mut once = shown[..10].to_vec();
+        once.sort_unstable();
+        assert_eq!(once, (0..10).collect::<Vec<_>>());
+        assert_eq!(shown[10..], shown[..2]);
+    }
+
+    #[test]
+    fn fewer_images_than_a_batch_repeat_as_often_as_it_takes() {
+        let requests = requests(0, 0, 2, 5);
+        let [only] = &requests[..] else { panic!() };
+        let [a, b, ..] = only.indices[..] else {
+            panic!()
+        };
+        assert_eq!(only.indices, [a, b, a, b, a]);
+    }
+}

@@ -1,0 +1,212 @@
+//! The two tapes of a run: a whole training step, and the network alone for evaluation.
+
+use super::config::{Arm, Config, Stop};
+use crate::device::cpu::{Element, Session};
+use crate::error::Result;
+use crate::features;
+use crate::loss::{Loss, Prior, Targets, Terms, Tie};
+use crate::nn::{self, Heads, Logits, Mode, Network, Start, UNet};
+use crate::ops::control;
+use crate::optim::{AdamW, Ema, Rule};
+use crate::tape::{Kind, Options, Plan, Tape, Var};
+use crate::tensor::Shape;
+
+fn heads(config: &Config) -> Heads {
+    Heads {
+        mask: config.arm.segments(),
+        malignancy: config.arm.classifies(),
+    }
+}
+
+fn unet(config: &Config) -> UNet {
+    UNet {
+        widths: config.model.widths.clone(),
+        dropout: config.model.dropout,
+    }
+}
+
+fn images(config: &Config) -> Shape {
+    Shape::new(config.batch, config.size, config.size, 1)
+}
+
+/// Forward, loss, backward and update of one batch, recorded.
+#[derive(Clone, Debug)]
+pub struct TrainingStep {
+    /// The tape.
+    pub tape: Tape,
+    /// Input: N×S×S×1, intensities in [0, 1].
+    pub images: Var,
+    /// Inputs that the logits are compared with.
+    pub targets: Targets,
+    /// The loss.
+    pub terms: Terms,
+    /// Norm of the gradient before clipping, a scalar.
+    pub norm: Var,
+    /// The prior, if the run has one.
+    pub prior: Option<Prior>,
+    starts: Vec<(Var, Start)>,
+}
+
+impl TrainingStep {
+    /// Records the step that `config` describes. A run that segments carries a `prior` to evaluate its
+    /// masks with; it is learned in the consistency arm.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if the configuration was not validated.
+    pub fn record(config: &Config, prior: bool) -> Result<Self> {
+        let mut tape = Tape::new();
+        let shape = images(config);
+        let per_image = Shape::per_image(config.batch, 1);
+        let images = tape.input("images", shape);
+        let targets = Targets {
+            masks: tape.input("masks", shape),
+            labels: tape.input("labels", per_image),
+            weights: tape.input("weights", per_image),
+            class_weights: tape.input("class_weights", per_image),
+            control: tape.input("control", Shape::per_channel(control::LEN)),
+        };
+        let control = targets.control;
+        let seed = config.seed;
+        let mut network = Network::new(&mut tape, Mode::Train { control, seed });
+        let logits = unet(config).record(&mut network, images, heads(config))?;
+        let starts = network.starts().to_vec();
+
+        let tied = config.arm == Arm::Consistency;
+        let learned = tied && !config.prior.frozen;
+        let prior = prior.then(|| Prior::record(&mut tape, learned));
+        let tie = prior.filter(|_| tied).map(|prior| Tie {
+            weight: config.loss.consistency,
+            prior,
+            stop_classifier: config.loss.stop_gradient == Stop::Classifier,
+            stop_mask: config.loss.stop_gradient == Stop::Mask,
+        });
+        let loss = Loss {
+            classification: config.loss.classification,
+            kappa: config.loss.kappa,
+            tie,
+        };
+        let terms = tape.scope("loss", |tape| Terms::record(tape, &loss, &logits, &targets))?;
+
+        let parameters: Vec<Var> = tape.of_kind(Kind::Parameter).collect();
+        let gradients = tape.backward(terms.total, &parameters)?;
+        // Every parameter recorded leads to the loss.
+        let gradients: Vec<Var> = gradients.into_iter().flatten().collect();
+        let rule = |&var: &Var| Rule {
+            decay: decays(tape.name(var)),
+            nonnegative: tape.name(var) == "prior.weight" && !config.prior.free_sign,
+        };
+        let optimizer = &config.optimizer;
+        let adamw = AdamW {
+            beta1: optimizer.beta1,
+            beta2: optimizer.beta2,
+            eps: optimizer.eps,
+            weight_decay: optimizer.weight_decay,
+            clip: if optimizer.clip > 0.0 {
+                optimizer.clip
+            } else {
+                f64::INFINITY
+            },
+            rules: parameters.iter().map(rule).collect(),
+        };
+        let norm = adamw.record(&mut tape, control, &parameters, &gradients)?;
+        tape.keep(norm);
+        if optimizer.ema > 0.0 {
+            let running = starts.iter().map(|&(var, _)| var);
+            let mut averaged: Vec<Var> = parameters.iter().copied().chain(running).collect();
+            averaged.sort_unstable();
+            averaged.dedup();
+            Ema::record(&mut tape, control, norm, &averaged)?;
+        }
+        Ok(Self {
+            tape,
+            images,
+            targets,
+            terms,
+            norm,
+            prior,
+            starts,
+        })
+    }
+
+    /// Memory for the step, with its starting values: random weights keyed by `seed`, the fitted
+    /// `prior`, zero moments, averages that equal what they average.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if there is not enough memory.
+    pub fn session<T: Element>(
+        &self,
+        seed: u64,
+        prior: Option<&features::Prior>,
+    ) -> Result<Session<T>> {
+        let mut session = Session::new(Plan::new(&self.tape, Options::default())?)?;
+        nn::initialise(&mut session, &self.starts, seed);
+        if let (Some(place), Some(prior)) = (&self.prior, prior) {
+            for (var, values) in place.values(prior) {
+                session.write(var, &values);
+            }
+        }
+        self.start_averages(&mut session);
+        Ok(session)
+    }
+
+    /// Sets the moving averages to what they average.
+    pub fn start_averages<T: Element>(&self, session: &mut Session<T>) {
+        for average in self.tape.of_kind(Kind::State) {
+            let Some(name) = self.tape.name(average).strip_prefix("ema.") else {
+                continue;
+            };
+            let source = [Kind::Parameter, Kind::State]
+                .into_iter()
+                .find_map(|kind| self.tape.find(kind, name))
+                .expect("an average is named after what it averages");
+            let values = session.read(source).to_vec();
+            session.write(average, &values);
+        }
+    }
+}
+
+/// Weights of convolutions and linear layers decay; norms, biases and the prior do not.
+fn decays(name: &str) -> bool {
+    let layer = name.strip_suffix(".weight").unwrap_or_default();
+    let last = layer.rsplit('.').next().unwrap_or_default();
+    !last.is_empty() && !last.starts_with("norm") && last != "prior"
+}
+
+/// The network in evaluation, recorded.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// The tape.
+    pub tape: Tape,
+    /// Input: N×S×S×1, intensities in [0, 1].
+    pub images: Var,
+    /// Outputs, kept.
+    pub logits: Logits,
+}
+
+impl Evaluation {
+    /// Records the network that `config` describes, for batches of its size.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if the configuration was not validated.
+    pub fn record(config: &Config) -> Result<Self> {
+        let mut tape = Tape::new();
+        let images = tape.input("images", images(config));
+        let mut network = Network::new(&mut tape, Mode::Evaluate);
+        let logits = unet(config).record(&mut network, images, heads(config))?;
+        let kept = [logits.mask, logits.malignancy];
+        kept.into_iter().flatten().for_each(|v| tape.keep(v));
+        Ok(Self {
+            tape,
+            images,
+            logits,
+        })
+    }
+
+    /// Memory for the network, its weights zero.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if there is not enough memory.
+    pub fn session(&self) -> Result<Session<f32>> {
+        Session::new(Plan::new(&self.tape, Options::default())?)
+    }
+}

@@ -1,0 +1,1017 @@
+//! Training as a whole: optimizer against PyTorch, gradient of the whole model, memory, determinism,
+//! interruption, and what goes wrong.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use echograd::device::cpu::{Element, Session};
+use echograd::features::Prior;
+use echograd::ops::control;
+use echograd::optim::{AdamW, Ema, Rule};
+use echograd::tape::{Kind, Options, Plan, Tape, Var};
+use echograd::tensor::Shape;
+use echograd::train::checkpoint::{self, Checkpoint, Position};
+use echograd::train::config::{Arm, Config, Preset};
+use echograd::train::evaluate::{EvaluateArgs, evaluate};
+use echograd::train::predict::{PredictArgs, predict};
+use echograd::train::run::{TrainArgs, Trained, train};
+use echograd::train::step::TrainingStep;
+use echograd::train::{Model, Report};
+use echograd::{Error, Result};
+
+// ---------------------------------------------------------------------------------------------
+// Memory
+
+/// Counts what each thread allocates.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+impl Counting {
+    fn note(layout: Layout) {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        LARGEST.set(LARGEST.get().max(layout.size()));
+    }
+}
+
+// SAFETY: passes everything on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::note(layout);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        Self::note(layout);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+fn on_threads<R: Send>(threads: usize, body: impl FnOnce() -> R + Send) -> R {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    pool.build().unwrap().install(body)
+}
+
+#[test]
+fn a_replay_allocates_nothing_and_the_arena_is_what_the_plan_says() {
+    on_threads(1, || {
+        let mut small = Small::<f32>::new(&config(&[]));
+        small.session.run();
+        let before = ALLOCATIONS.get();
+        small.session.run();
+        small.session.run();
+        assert_eq!(ALLOCATIONS.get() - before, 0);
+
+        let plan = Plan::new(&small.step.tape, Options::default()).unwrap();
+        let bytes = plan.len() * size_of::<f32>();
+        LARGEST.set(0);
+        let session = Session::<f32>::new(plan).unwrap();
+        assert_eq!(LARGEST.get(), bytes);
+        drop(session);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------
+// The optimizer
+
+#[test]
+fn adamw_clipping_and_decay_agree_with_pytorch() {
+    let bytes = fs::read("tests/goldens/optim.safetensors").unwrap();
+    let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let golden = |name: &str| -> Vec<f32> {
+        bytemuck::pod_collect_to_vec(golden.tensor(name).unwrap().data())
+    };
+    let mut tape = Tape::new();
+    let shapes = [Shape::new(3, 1, 1, 5), Shape::per_channel(4)];
+    let control = tape.input("control", Shape::per_channel(control::LEN));
+    let parameters = ["p", "q"].map(|n| tape.parameter(n, shapes[usize::from(n == "q")]));
+    let gradients = ["g", "h"].map(|n| tape.input(n, shapes[usize::from(n == "h")]));
+    let rule = |decay| Rule {
+        decay,
+        nonnegative: false,
+    };
+    let adamw = AdamW {
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.05,
+        clip: 1.0,
+        rules: vec![rule(true), rule(false)],
+    };
+    let norm = adamw
+        .record(&mut tape, control, &parameters, &gradients)
+        .unwrap();
+    tape.keep(norm);
+    let mut session = Session::<f32>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
+    session.write(parameters[0], &golden("p0"));
+    session.write(parameters[1], &golden("q0"));
+    let mut clipped = 0;
+    for step in 1..=6 {
+        session.write(gradients[0], &golden(&format!("g{step}")));
+        session.write(gradients[1], &golden(&format!("h{step}")));
+        session.write(control, &[step as f32, 0.01 * step as f32, 0.0, 0.0]);
+        session.run();
+        clipped += usize::from(session.read(norm)[0] > 1.0);
+        for (name, var) in ["p", "q"].iter().zip(parameters) {
+            for (found, expected) in session
+                .read(var)
+                .iter()
+                .zip(golden(&format!("{name}{step}")))
+            {
+                assert!(
+                    (found - expected).abs() <= 1e-5,
+                    "{name}{step}: {found} for {expected}"
+                );
+            }
+        }
+    }
+    assert!(
+        (1..6).contains(&clipped),
+        "both sides of the limit are tried"
+    );
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_changes_nothing() {
+    let mut tape = Tape::new();
+    let shape = Shape::per_channel(3);
+    let control = tape.input("control", Shape::per_channel(control::LEN));
+    let parameter = tape.parameter("p", shape);
+    let gradient = tape.input("g", shape);
+    let adamw = AdamW {
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        clip: 1.0,
+        rules: vec![Rule {
+            decay: true,
+            nonnegative: true,
+        }],
+    };
+    let norm = adamw
+        .record(&mut tape, control, &[parameter], &[gradient])
+        .unwrap();
+    Ema::record(&mut tape, control, norm, &[parameter]).unwrap();
+    let mut session = Session::<f64>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
+    session.write(control, &[1.0, 0.1, 0.0, 0.5]);
+    session.write(parameter, &[1.0, 2.0, 0.05]);
+    let state = |session: &Session<f64>| -> Vec<f64> {
+        [Kind::Parameter, Kind::State]
+            .into_iter()
+            .flat_map(|kind| tape.of_kind(kind))
+            .flat_map(|v| session.read(v).to_vec())
+            .collect()
+    };
+    session.write(gradient, &[0.1, -0.1, 0.3]);
+    session.run();
+    let before = state(&session);
+    assert_eq!(before[2], 0.0, "projected");
+    assert!(before.iter().all(|x| x.is_finite()));
+    for bad in [f64::NAN, f64::INFINITY] {
+        session.write(gradient, &[0.1, bad, 0.3]);
+        session.run();
+        assert_eq!(state(&session), before);
+    }
+    session.write(gradient, &[0.1, -0.1, 0.3]);
+    session.run();
+    assert_ne!(state(&session), before);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The whole model
+
+/// A small network with all terms of the loss.
+fn config(settings: &[(&str, &str)]) -> Config {
+    let mut all = vec![
+        ("size", "16"),
+        ("batch", "4"),
+        ("model.widths", "[3, 5]"),
+        ("epochs", "4"),
+        ("folds", "3"),
+        ("loss.ramp_start", "0"),
+        ("loss.ramp_epochs", "1"),
+        ("early_stopping.patience", "0"),
+    ];
+    all.extend(settings);
+    Config::preset(Preset::Tiny).with(&owned(&all)).unwrap()
+}
+
+fn owned(settings: &[(&str, &str)]) -> Vec<(String, String)> {
+    settings
+        .iter()
+        .map(|(k, v)| (k.to_string(), v.to_string()))
+        .collect()
+}
+
+const PRIOR: Prior = Prior {
+    weights: [0.1, 0.3, 1.2, 0.4],
+    bias: -0.4,
+    mean: [0.2, -0.3, 0.05, 0.8],
+    sd: [0.1, 0.3, 0.05, 0.1],
+};
+
+/// A training step with a batch in place.
+struct Small<T> {
+    step: TrainingStep,
+    session: Session<T>,
+}
+
+impl<T: Element> Small<T> {
+    fn new(config: &Config) -> Self {
+        let step = TrainingStep::record(config, true).unwrap();
+        Self::with(step, config)
+    }
+
+    fn with(step: TrainingStep, config: &Config) -> Self {
+        let mut session = step.session::<T>(config.seed, Some(&PRIOR)).unwrap();
+        let (size, n) = (config.size, config.batch);
+        let pixels = size * size;
+        // Blobs of several sizes over a texture.
+        let inside = |i: usize| {
+            let (image, x, y) = (i / pixels, i % size, i / size % size);
+            let (dx, dy) = (
+                x as f64 - 7.5,
+                (y as f64 - 7.5) * (1.0 + 0.3 * image as f64),
+            );
+            dx.hypot(dy) < 4.0 + image as f64 * 0.7
+        };
+        let texture = |i: usize| ((i * 2_654_435_761) % 1009) as f64 / 1009.0;
+        let set = |session: &mut Session<T>, var, f: &dyn Fn(usize) -> f64| {
+            let values = session.values_mut(var).iter_mut();
+            values.enumerate().for_each(|(i, v)| *v = T::of(f(i)));
+        };
+        let mask = |i| f64::from(u8::from(inside(i)));
+        set(&mut session, step.images, &|i| {
+            0.3 * texture(i) + 0.5 * (1.0 - mask(i))
+        });
+        set(&mut session, step.targets.masks, &mask);
+        set(&mut session, step.targets.labels, &|i| (i % 2) as f64);
+        // The last image is padding.
+        let weight = |i: usize| f64::from(u8::from(i + 1 < n));
+        set(&mut session, step.targets.weights, &weight);
+        set(&mut session, step.targets.class_weights, &|i| {
+            weight(i) * (0.7 + 0.6 * (i % 2) as f64)
+        });
+        let control = [1.0, 1e-2, 0.8, 0.5];
+        set(&mut session, step.targets.control, &|i| control[i]);
+        Self { step, session }
+    }
+}
+
+/// The optimizer's first moments after one step from zero are `(1 − β₁)·g`: the gradient that it
+/// follows is the one that is checked. With a learning rate of 0 the parameters stay where they are.
+///
+/// Two things in the loss are no plain function of the parameters. The confidences `c` are constants to the
+/// gradient, so the differences hold them at their values in the centre. ReLU and max pooling have
+/// kinks: a difference is compared only if no ReLU changes sides and no maximum changes places between its
+/// points, which is exact where it holds; few are lost to it.
+#[test]
+fn the_gradient_of_the_whole_model_agrees_with_finite_differences() {
+    let config = config(&[("optimizer.clip", "0"), ("optimizer.beta1", "0.5")]);
+    let mut step = TrainingStep::record(&config, true).unwrap();
+    let named = |name: &str| -> Vec<_> {
+        let steps = step.tape.steps().iter();
+        steps
+            .filter(|s| s.origin.is_none() && s.op.name() == name)
+            .cloned()
+            .collect()
+    };
+    let relus: Vec<Var> = named("batch_norm").iter().map(|s| s.outputs[0]).collect();
+    let pools: Vec<Var> = named("max_pool2d").iter().map(|s| s.inputs[0]).collect();
+    let tie = named("consistency")[0].inputs.clone();
+    assert_eq!((relus.len(), pools.len()), (6, 1));
+    let (p, phi, measurable, confidence) = (tie[0], tie[1], tie[2], tie[3]);
+    relus
+        .iter()
+        .chain(&pools)
+        .chain(&tie[..4])
+        .for_each(|&v| step.tape.keep(v));
+
+    let mut small = Small::<f64>::with(step, &config);
+    small.session.values_mut(small.step.targets.control)[control::LEARNING_RATE] = 0.0;
+    // A random mask is undecided or empty; this one has the shapes that consistency is about.
+    let head = small
+        .step
+        .tape
+        .find(Kind::Parameter, "mask.weight")
+        .unwrap();
+    small.session.write(head, &[1.5, -2.0, 1.0]);
+    let parameters: Vec<Var> = small.step.tape.of_kind(Kind::Parameter).collect();
+    small.session.run();
+    let Small { step, mut session } = small;
+    let gradients: Vec<Vec<f64>> = parameters
+        .iter()
+        .map(|&v| {
+            let name = format!("adam.first.{}", step.tape.name(v));
+            let moment = step.tape.find(Kind::State, &name).unwrap();
+            session.read(moment).iter().map(|m| m / 0.5).collect()
+        })
+        .collect();
+    let frozen = session.read(confidence).to_vec();
+    let counted = session.read(measurable)[..3].iter().sum::<f64>();
+    assert!(
+        counted > 0.0 && frozen[..3].iter().any(|&c| c > 0.01),
+        "{frozen:?}"
+    );
+
+    let consistency = step.terms.consistency.unwrap();
+    let loss = |session: &mut Session<f64>| -> (f64, Vec<bool>) {
+        session.run();
+        let mut term = 0.0;
+        for (i, c) in frozen[..3].iter().enumerate() {
+            let difference = session.read(p)[i] - session.read(phi)[i];
+            term += 0.8 * c * difference * difference * session.read(measurable)[i];
+        }
+        let replaced = term / counted - session.read(consistency)[0];
+        let loss = session.read(step.terms.total)[0] + config.loss.consistency * replaced;
+        let mut pattern = Vec::new();
+        for &v in &relus {
+            pattern.extend(session.read(v).iter().map(|&y| y > 0.0));
+        }
+        for &v in &pools {
+            pattern.extend(maxima(session.read(v), step.tape.shape(v)));
+        }
+        (loss, pattern)
+    };
+
+    let mut compared = 0;
+    let mut lost = 0;
+    for (&var, gradient) in parameters.iter().zip(&gradients) {
+        let largest = gradient.iter().fold(0.0f64, |m, g| m.max(g.abs()));
+        let probes = [0, gradient.len() / 3, gradient.len() - 1];
+        for (k, &element) in probes.iter().enumerate() {
+            if probes[..k].contains(&element) {
+                continue;
+            }
+            let centre = session.read(var)[element];
+            let h = 1e-5;
+            let points = [-2.0, -1.0, 1.0, 2.0].map(|k| {
+                session.values_mut(var)[element] = centre + k * h;
+                loss(&mut session)
+            });
+            session.values_mut(var)[element] = centre;
+            if points.iter().any(|point| point.1 != points[0].1) {
+                lost += 1;
+                continue;
+            }
+            let [a, b, c, d] = points.map(|point| point.0);
+            let numeric = (8.0 * (c - b) - (d - a)) / (12.0 * h);
+            let analytic = gradient[element];
+            let scale = analytic.abs().max(numeric.abs()).max(1e-3 * largest);
+            assert!(
+                (analytic - numeric).abs() <= 1e-6 * scale.max(1e-6),
+                "{}[{element}]: {analytic} for {numeric}",
+                step.tape.name(var)
+            );
+            compared += 1;
+        }
+    }
+    assert!(
+        compared >= 40 && lost * 4 <= compared,
+        "{compared} compared, {lost} lost"
+    );
+}
+
+/// For each 2×2 window and channel, whether each of its first three elements is the largest.
+fn maxima(x: &[f64], shape: Shape) -> Vec<bool> {
+    let at = |n: usize, y: usize, column: usize, c: usize| {
+        x[((n * shape.h + y) * shape.w + column) * shape.c + c]
+    };
+    let mut found = Vec::new();
+    for n in 0..shape.n {
+        for (y, column) in (0..shape.h / 2).flat_map(|y| (0..shape.w / 2).map(move |x| (y, x))) {
+            for c in 0..shape.c {
+                let window = [(0, 0), (0, 1), (1, 0), (1, 1)]
+                    .map(|(dy, dx)| at(n, 2 * y + dy, 2 * column + dx, c));
+                let largest = window.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                // Ties between zeros of the ReLU before are no kink: all of them stay zero.
+                found.extend(window[..3].iter().map(|&v| v == largest && largest > 0.0));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_padding_of_a_short_batch_counts_in_no_loss() {
+    let config = config(&[]);
+    let mut small = Small::<f64>::new(&config);
+    let terms: Vec<Var> = small.step.terms.each().into_iter().flatten().collect();
+    assert_eq!(terms.len(), 5);
+    small.session.run();
+    let read = |small: &Small<f64>| -> Vec<f64> {
+        terms.iter().map(|&v| small.session.read(v)[0]).collect()
+    };
+    let before = read(&small);
+    let mut small = Small::<f64>::new(&config);
+    let last = small.session.values_mut(small.step.targets.masks);
+    let pixels = last.len() / 4;
+    last[3 * pixels..].iter_mut().for_each(|g| *g = 1.0 - *g);
+    small.session.values_mut(small.step.targets.labels)[3] = 0.0;
+    small.session.run();
+    assert_eq!(read(&small), before);
+    // It does take part in batch statistics, as a real image.
+    let mut small = Small::<f64>::new(&config);
+    small.session.values_mut(small.step.images)[3 * pixels..].fill(0.0);
+    small.session.run();
+    assert_ne!(read(&small), before);
+}
+
+#[test]
+fn arms_start_from_equal_weights() {
+    let weights = |arm: &str, seed: &str| {
+        let config = config(&[("arm", arm), ("seed", seed)]);
+        let prior = config.arm != Arm::Classification;
+        let step = TrainingStep::record(&config, prior).unwrap();
+        let session = step.session::<f32>(config.seed, Some(&PRIOR)).unwrap();
+        let find = |name: &str| step.tape.find(Kind::Parameter, name);
+        let read = |name: &str| find(name).map(|v| session.read(v).to_vec());
+        ["encoder.1.conv2.weight", "mask.weight", "malignancy.weight"].map(read)
+    };
+    let both = weights("consistency", "1");
+    assert_eq!(weights("multitask", "1"), both);
+    assert_eq!(
+        weights("segmentation", "1"),
+        [both[0].clone(), both[1].clone(), None]
+    );
+    assert_eq!(
+        weights("classification", "1"),
+        [both[0].clone(), None, both[2].clone()]
+    );
+    assert_ne!(weights("consistency", "2")[0], both[0]);
+    // He: variance 2 / fan-in.
+    let first = both[0].as_ref().unwrap();
+    let variance = first.iter().map(|w| w * w).sum::<f32>() / first.len() as f32;
+    assert!((variance * 45.0 / 2.0 - 1.0).abs() < 0.35, "{variance}");
+}
+
+#[test]
+fn the_prior_learns_only_in_its_arm_and_never_decays() {
+    let names = |settings: &[(&str, &str)]| -> Vec<String> {
+        let step = TrainingStep::record(&config(settings), true).unwrap();
+        let tape = &step.tape;
+        let names = tape
+            .of_kind(Kind::Parameter)
+            .map(|v| tape.name(v).to_owned());
+        names.filter(|n| n.starts_with("prior")).collect()
+    };
+    assert_eq!(names(&[]), ["prior.weight", "prior.bias"]);
+    assert!(names(&[("prior.frozen", "true")]).is_empty());
+    assert!(names(&[("arm", "multitask")]).is_empty());
+
+    let config = config(&[("optimizer.weight_decay", "0.5")]);
+    let step = TrainingStep::record(&config, true).unwrap();
+    let update = step
+        .tape
+        .steps()
+        .iter()
+        .find(|s| s.op.name() == "adamw")
+        .unwrap();
+    let count = step.tape.of_kind(Kind::Parameter).count();
+    // What decays shows in a step without a gradient of its own.
+    let text = format!("{:?}", update.op);
+    let decaying = text.matches("decay: true").count();
+    // Six 3×3 convolutions, the mask's and the malignancy's weights.
+    assert_eq!(
+        (decaying, text.matches("decay: false").count()),
+        (8, count - 8)
+    );
+    assert_eq!(text.matches("nonnegative: true").count(), 1);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Runs
+
+/// Twelve images with bright (malignant) or dark (benign) blobs, as `folder:` reads them.
+fn data(folder: &Path) -> String {
+    use echograd::data::image::{Gray, write_png};
+    let (width, height) = (40, 32);
+    for sub in ["images", "masks"] {
+        fs::create_dir_all(folder.join(sub)).unwrap();
+    }
+    let mut labels = "image,label,pixel_mm\n".to_owned();
+    for i in 0..14usize {
+        let malignant = i % 2 == 0;
+        let normal = i >= 12;
+        let mut image = Gray::zeros(width, height);
+        let mut mask = Gray::zeros(width, height);
+        for y in 0..height {
+            for x in 0..width {
+                let (dx, dy) = (
+                    x as f64 - 15.0 - (i % 5) as f64,
+                    y as f64 - 14.0 - (i % 3) as f64,
+                );
+                let angle = dy.atan2(dx);
+                let wave = if malignant {
+                    0.3 * (5.0 * angle).cos()
+                } else {
+                    0.0
+                };
+                let inside = !normal && dx.hypot(dy * 1.3) < 9.0 * (1.0 + wave) + (i % 4) as f64;
+                let noise = (x * 7919 + y * 104_729 + i * 1_299_709) % 61;
+                let level = if inside { 40 } else { 150 };
+                image.pixels[y * width + x] = (level + noise) as u8;
+                mask.pixels[y * width + x] = if inside { 255 } else { 0 };
+            }
+        }
+        let name = format!("{i:02}.png");
+        write_png(&folder.join("images").join(&name), &image).unwrap();
+        write_png(&folder.join("masks").join(&name), &mask).unwrap();
+        let label = match (normal, malignant) {
+            (true, _) => "normal",
+            (_, true) => "malignant",
+            _ => "benign",
+        };
+        labels += &format!("{name},{label},0.1\n");
+    }
+    fs::write(folder.join("labels.csv"), labels).unwrap();
+    format!("folder:{}", folder.display())
+}
+
+fn settings(data: &str, more: &[(&str, &str)]) -> Vec<(String, String)> {
+    let mut all = vec![
+        ("preset", "tiny"),
+        ("data", data),
+        ("size", "16"),
+        ("batch", "4"),
+        ("model.widths", "[3, 5]"),
+        ("epochs", "4"),
+        ("folds", "3"),
+    ];
+    all.extend(more);
+    owned(&all)
+}
+
+fn run(out: &Path, settings: &[(String, String)], resume: bool) -> Result<Trained> {
+    run_until(out, settings, resume, u64::MAX)
+}
+
+/// Interrupted after a number of steps.
+fn run_until(
+    out: &Path,
+    settings: &[(String, String)],
+    resume: bool,
+    steps: u64,
+) -> Result<Trained> {
+    struct Until<'a>(&'a AtomicBool, u64);
+    impl Report for Until<'_> {
+        fn progress(&self, what: &str, done: u64, _: u64, _: &str) {
+            if what == "training" && done >= self.1 {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+    let interrupt = AtomicBool::new(false);
+    let args = TrainArgs {
+        out,
+        config: None,
+        settings,
+        resume,
+    };
+    train(&args, &Until(&interrupt, steps), &interrupt)
+}
+
+fn message<T>(result: Result<T>) -> String {
+    result.err().expect("this must fail").to_string()
+}
+
+/// What a run leaves behind: its checkpoints, and its metrics less the last column, the seconds.
+fn traces(run: &Path) -> (Vec<u8>, Vec<u8>, Vec<String>) {
+    let csv = fs::read_to_string(run.join("metrics.csv")).unwrap();
+    let rows = csv
+        .lines()
+        .map(|line| line.rsplit_once(',').unwrap().0.to_owned());
+    let read = |name: &str| fs::read(run.join(name)).unwrap();
+    (
+        read("last.safetensors"),
+        read("best.safetensors"),
+        rows.collect(),
+    )
+}
+
+#[test]
+fn a_run_has_the_same_bits_on_one_two_and_three_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let found = [1, 2, 3].map(|threads| {
+        let out = folder.path().join(threads.to_string());
+        let settings = settings(&data, &[("workers", &threads.to_string())]);
+        on_threads(threads, || run(&out, &settings, false)).unwrap();
+        let checkpoint = Checkpoint::read(&out.join("last.safetensors")).unwrap();
+        let names = ["encoder.0.conv1.weight", "ema.mask.weight", "prior.weight"];
+        let tensors = names.map(|n| checkpoint.tensor(n).unwrap().data().to_vec());
+        (tensors, traces(&out).2)
+    });
+    assert_eq!(found[0], found[1]);
+    assert_eq!(found[0], found[2]);
+    assert_eq!(found[0].1.len(), 5);
+}
+
+#[test]
+fn an_interrupted_run_goes_on_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let settings = settings(&data, &[]);
+    let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
+    let trained = run(&whole, &settings, false).unwrap();
+    assert_eq!(trained.epochs, 4);
+
+    // Two steps an epoch: stopped within the first, after the second, within the third.
+    let mut resume = false;
+    for steps in [1, 4, 5] {
+        let stopped = run_until(&parts, if resume { &[] } else { &settings }, resume, steps);
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        resume = true;
+    }
+    let position = Checkpoint::read(&parts.join("last.safetensors"))
+        .unwrap()
+        .position;
+    assert_eq!((position.epoch, position.step), (2, 1));
+    let resumed = run(&parts, &[], true).unwrap();
+    assert_eq!(
+        (resumed.best, resumed.best_epoch),
+        (trained.best, trained.best_epoch)
+    );
+    assert!(traces(&parts) == traces(&whole), "the files differ");
+
+    // A finished run resumes to itself.
+    run(&parts, &[], true).unwrap();
+    assert!(traces(&parts) == traces(&whole), "the files differ");
+}
+
+/// Where the child of the next test is told what to do.
+const CHILD: &str = "ECHOGRAD_TEST_RUN";
+
+/// Trains in the folder that the environment names, from where it stands.
+#[test]
+#[ignore = "the process that the next test kills"]
+fn child_that_is_killed() {
+    let folder = PathBuf::from(std::env::var_os(CHILD).expect("started by the next test"));
+    let out = folder.join("killed");
+    let resume = out.join("config.toml").exists();
+    let settings = settings(&format!("folder:{}/data", folder.display()), &[]);
+    run(&out, if resume { &[] } else { &settings }, resume).unwrap();
+}
+
+#[test]
+fn a_killed_run_goes_on_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let whole = folder.path().join("whole");
+    run(&whole, &settings(&data, &[]), false).unwrap();
+
+    let mut kills = 0;
+    for attempt in 1u64.. {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child_that_is_killed", "--ignored"])
+            .env(CHILD, folder.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Later and later, at odd moments, so that it is hit everywhere and ends some time.
+        let mut left = attempt * 5 + attempt * 7919 % 13;
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break Some(status);
+            }
+            if left == 0 {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                kills += 1;
+                break None;
+            }
+            left -= 1;
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        if let Some(status) = status {
+            assert!(status.success(), "attempt {attempt}: {status}");
+            break;
+        }
+    }
+    assert!(kills > 0);
+    assert!(
+        traces(&folder.path().join("killed")) == traces(&whole),
+        "the files differ"
+    );
+}
+
+#[test]
+fn every_arm_trains_evaluates_and_predicts() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    for arm in ["segmentation", "classification", "multitask", "consistency"] {
+        let out = folder.path().join(arm);
+        let trained = run(
+            &out,
+            &settings(&data, &[("arm", arm), ("epochs", "2")]),
+            false,
+        )
+        .unwrap();
+        let (segments, classifies) = (arm != "classification", arm != "segmentation");
+        assert_eq!(trained.validation.segmentation.is_some(), segments, "{arm}");
+        assert_eq!(
+            trained.validation.classification.is_some(),
+            classifies,
+            "{arm}"
+        );
+
+        // The images that the run was trained on are left out: 4 of 12 lesions and 2 normals stay.
+        let results = out.join("evaluation");
+        let args = EvaluateArgs {
+            run: &out,
+            data: &data,
+            out: &results,
+            drop_duplicates: false,
+            include_training: false,
+        };
+        let no = AtomicBool::new(false);
+        let evaluated = evaluate(&args, &(), &no).unwrap();
+        assert_eq!(
+            (evaluated.trained_on, evaluated.rows.len()),
+            (8, 6),
+            "{arm}"
+        );
+        assert_eq!(
+            evaluated.metrics.segmentation,
+            trained.validation.segmentation
+        );
+        assert_eq!(
+            evaluated.metrics.normals.map(|n| n.n),
+            segments.then_some(2)
+        );
+        let all = EvaluateArgs {
+            include_training: true,
+            ..args
+        };
+        assert_eq!(evaluate(&all, &(), &no).unwrap().rows.len(), 14);
+        let csv = fs::read_to_string(results.join("per_image.csv")).unwrap();
+        assert_eq!(csv.lines().count(), 15);
+
+        let files = [folder.path().join("data/images/00.png")];
+        let out = out.join("predictions");
+        let args = PredictArgs {
+            run: &folder.path().join(arm),
+            files: &files,
+            out: &out,
+        };
+        let predictions = predict(&args, &(), &no).unwrap();
+        assert_eq!(predictions[0].p.is_some(), classifies);
+        assert_eq!(predictions[0].mask.is_some(), segments);
+        if segments {
+            let mask = echograd::data::image::read_mask(&out.join("00_mask.png")).unwrap();
+            assert_eq!((mask.width, mask.height), (40, 32));
+            let area = mask.pixels.iter().filter(|&&v| v > 0).count();
+            assert_eq!(predictions[0].area_px, Some(area));
+            assert!(out.join("00_overlay.png").is_file());
+        }
+        let json = fs::read_to_string(out.join("predictions.json")).unwrap();
+        assert!(json.contains("\"irregularity\""));
+    }
+}
+
+#[test]
+fn a_run_can_start_from_another_ones_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let first = folder.path().join("first");
+    run(
+        &first,
+        &settings(&data, &[("arm", "segmentation"), ("epochs", "1")]),
+        false,
+    )
+    .unwrap();
+    let init = first.join("best.safetensors").display().to_string();
+    let more = [
+        ("init", init.as_str()),
+        ("epochs", "1"),
+        ("optimizer.learning_rate", "0"),
+    ];
+    let second = folder.path().join("second");
+    run(&second, &settings(&data, &more), false).unwrap();
+    let read = |run: &Path| Checkpoint::read(&run.join("best.safetensors")).unwrap();
+    let (first, second) = (read(&first), read(&second));
+    let name = "encoder.1.conv2.weight";
+    assert_eq!(second.tensor(name), first.tensor(&format!("ema.{name}")));
+}
+
+#[test]
+fn what_is_there_is_not_overwritten_and_another_run_is_not_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let out = folder.path().join("run");
+    let one = settings(&data, &[("epochs", "1")]);
+    run(&out, &one, false).unwrap();
+    let before = traces(&out);
+    assert!(message(run(&out, &one, false)).contains("already holds a run"));
+    let text = message(run(&out, &owned(&[("optimizer.clip", "3")]), true));
+    assert_eq!(
+        text,
+        "optimizer.clip: expected 1.0, as the run to resume has it, found 3.0"
+    );
+    assert!(traces(&out) == before);
+
+    let text = message(run(&folder.path().join("data"), &one, false));
+    assert!(text.contains("expected a new or empty folder"), "{text}");
+    let text = message(run(&folder.path().join("none"), &[], true));
+    assert!(text.contains("found no config.toml"), "{text}");
+    let file = folder.path().join("data/labels.csv");
+    assert!(message(run(&file, &one, false)).contains("labels.csv"));
+    let text = message(run(
+        &folder.path().join("new"),
+        &owned(&[("epochs", "1")]),
+        false,
+    ));
+    assert!(text.contains("expected NAME:PATH"), "{text}");
+}
+
+#[test]
+fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let out = folder.path().join("run");
+    run(&out, &settings(&data, &[("epochs", "1")]), false).unwrap();
+    let path = out.join("best.safetensors");
+    let good = fs::read(&path).unwrap();
+    let header = u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+
+    let mut hostile = good.clone();
+    hostile[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut longer = good.clone();
+    longer[..8].copy_from_slice(&(good.len() as u64).to_le_bytes());
+    let text = String::from_utf8(good[8..8 + header].to_vec()).unwrap();
+    // A tensor of 2⁶³ elements.
+    let huge = text.replacen(
+        "\"shape\":[3,3,3,1]",
+        "\"shape\":[9223372036854775807,2,2,2]",
+        1,
+    );
+    let mut huge_file = (huge.len() as u64).to_le_bytes().to_vec();
+    huge_file.extend(huge.as_bytes());
+    huge_file.extend(&good[8 + header..]);
+    assert_ne!(huge, text);
+    for (bytes, expected) in [
+        (&good[..5], "expected a checkpoint, found a file of 5 bytes"),
+        (&good[..4000], "expected a checkpoint"),
+        (
+            &good[..good.len() - 3],
+            "expected a checkpoint of echograd, found: ",
+        ),
+        (
+            &hostile[..],
+            "a header of 18446744073709551615 bytes announced",
+        ),
+        (&longer[..], "bytes announced in a file of"),
+        (&huge_file[..], "expected a checkpoint of echograd, found: "),
+        (&[7; 64][..], "bytes announced in a file of 64"),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let text = message(Model::open(&out).map(drop));
+        assert!(
+            text.contains("best.safetensors") && text.contains(expected),
+            "{text}"
+        );
+    }
+
+    // Somebody else's safetensors.
+    let other = safetensors::serialize(
+        [(
+            "x",
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &[0; 4])
+                .unwrap(),
+        )],
+        None,
+    );
+    fs::write(&path, other.unwrap()).unwrap();
+    assert!(message(Model::open(&out).map(drop)).contains("expected a checkpoint of echograd"));
+
+    // Another network's.
+    let wide = folder.path().join("wide");
+    let more = [("epochs", "1"), ("model.widths", "[3, 6]")];
+    run(&wide, &settings(&data, &more), false).unwrap();
+    fs::copy(wide.join("best.safetensors"), &path).unwrap();
+    assert_eq!(
+        message(Model::open(&out).map(drop))
+            .split_once("safetensors: ")
+            .unwrap()
+            .1,
+        "another model's checkpoint: encoder.1.conv1.weight: expected 5×3×3×3, found 6×3×3×3"
+    );
+    fs::copy(wide.join("last.safetensors"), out.join("last.safetensors")).unwrap();
+    let text = message(run(&out, &[], true));
+    assert!(
+        text.contains("another run's checkpoint: model.widths"),
+        "{text}"
+    );
+    let init = wide.join("last.safetensors").display().to_string();
+    let more = [("init", init.as_str())];
+    let text = message(run(
+        &folder.path().join("new"),
+        &settings(&data, &more),
+        false,
+    ));
+    assert!(
+        text.contains("encoder.1.conv1.weight: expected 5×3×3×3"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_nan_stops_training_by_name_and_the_last_good_checkpoint_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let out = folder.path().join("run");
+    let settings = settings(&data, &[]);
+    assert!(matches!(
+        run_until(&out, &settings, false, 3),
+        Err(Error::Interrupted)
+    ));
+
+    // Poison a weight in the middle of the decoder.
+    let path = out.join("last.safetensors");
+    let checkpoint = Checkpoint::read(&path).unwrap();
+    let config = &checkpoint.config;
+    let step = TrainingStep::record(config, true).unwrap();
+    let mut session = step.session::<f32>(0, None).unwrap();
+    checkpoint.restore(&path, &step.tape, &mut session).unwrap();
+    let weight = step
+        .tape
+        .find(Kind::Parameter, "decoder.0.conv2.weight")
+        .unwrap();
+    session.values_mut(weight)[5] = f32::NAN;
+    checkpoint::write(&path, &step.tape, &session, config, &checkpoint.position).unwrap();
+    let poisoned = fs::read(&path).unwrap();
+
+    match run(&out, &[], true) {
+        Err(Error::NonFinite {
+            step,
+            tensor,
+            images,
+        }) => {
+            assert_eq!((step, tensor.as_str()), (4, "decoder.0.conv2.conv2d"));
+            assert_eq!(images.len(), 4);
+            assert!(
+                images.iter().all(|name| name.ends_with(".png")),
+                "{images:?}"
+            );
+        }
+        other => panic!("expected a stop, found {other:?}"),
+    }
+    assert!(fs::read(&path).unwrap() == poisoned);
+}
+
+#[test]
+fn early_stopping_ends_a_run_that_no_longer_improves() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let more = [
+        ("epochs", "30"),
+        ("optimizer.learning_rate", "0"),
+        ("early_stopping.patience", "2"),
+    ];
+    // Nothing is learned, so only the running statistics move, and soon they stand still.
+    let trained = run(&folder.path().join("run"), &settings(&data, &more), false).unwrap();
+    assert_eq!(trained.epochs, trained.best_epoch + 2);
+}
+
+#[test]
+fn a_checkpoint_reads_back_as_it_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let config = config(&[]);
+    let mut small = Small::<f32>::new(&config);
+    small.session.run();
+    let position = Position {
+        epoch: 3,
+        step: 1,
+        sums: vec![0.1 + 0.2, 1e-300, -1.0 / 3.0],
+        best: Some(0.7),
+        best_epoch: 2,
+    };
+    checkpoint::write(&path, &small.step.tape, &small.session, &config, &position).unwrap();
+    let read = Checkpoint::read(&path).unwrap();
+    assert_eq!((&read.position, &read.config), (&position, &config));
+    let mut other = small.step.session::<f32>(99, None).unwrap();
+    read.restore(&path, &small.step.tape, &mut other).unwrap();
+    for kind in [Kind::Parameter, Kind::State] {
+        for var in small.step.tape.of_kind(kind) {
+            assert_eq!(small.session.read(var), other.read(var));
+        }
+    }
+}
