@@ -2,20 +2,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::SIZE_RANGE;
-use super::progress::Progress;
+use super::progress::Console;
 use crate::data::letterbox::Letterbox;
 use crate::data::{self, Label, image};
 use crate::error::Result;
 use crate::features::{MaskSums, ShapeFeatures};
 use crate::metrics;
 use crate::metrics::classification::Auc;
+use crate::train::Report as _;
 
 /// Measure the four BI-RADS-like shape features of ground-truth masks
 ///
@@ -149,7 +149,7 @@ impl Args {
 fn rows_of_data(spec: &str, size: usize) -> Result<Vec<Row>> {
     let source = super::data::open(spec)?;
     let cases = source.cases();
-    let progress = Mutex::new(Progress::new("measuring", cases.len() as u64));
+    let console = Console::default();
     let done = AtomicU64::new(0);
     let rows: Vec<Result<Row>> = cases
         .par_iter()
@@ -158,7 +158,7 @@ fn rows_of_data(spec: &str, size: usize) -> Result<Vec<Row>> {
             let mask = data::soft_mask(&*source, i, size)?;
             let row = Row::new(&case.image, Some(case.label), &mask, size);
             let n = done.fetch_add(1, Ordering::Relaxed) + 1;
-            progress.lock().expect("no panic while counting").set(n, "");
+            console.progress("measuring", n, cases.len() as u64, "");
             Ok(row)
         })
         .collect();

@@ -1,15 +1,17 @@
 //! `echograd gradcheck`.
 
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::progress::Progress;
+use super::progress::Console;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Report, TOLERANCE, check_operation};
 use crate::ops::{Entry, registry};
+use crate::train::Report as _;
+use crate::train::config::Device;
 
 /// Check the gradient of every operation against finite differences
 ///
@@ -33,14 +35,6 @@ pub struct Args {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-enum Device {
-    Cpu,
-    Emulator,
-    Cuda,
 }
 
 /// A line of the registry, found by its name.
@@ -90,18 +84,17 @@ impl Args {
             Some(Operation(entry)) => vec![*entry],
             None => registry(),
         };
-        let progress = Mutex::new((0, Progress::new("operations", entries.len() as u64)));
+        let (console, done) = (Console::default(), AtomicU64::new(0));
         let reports: Vec<Report> = entries
             .par_iter()
             .map(|entry| {
                 let report = check_operation(entry, self.seed, self.cases);
-                let (done, progress) = &mut *progress.lock().expect("no holder panics");
-                *done += 1;
-                progress.set(*done, entry.name);
+                let n = done.fetch_add(1, Ordering::Relaxed) + 1;
+                console.progress("operations", n, entries.len() as u64, entry.name);
                 report
             })
             .collect::<Result<_>>()?;
-        drop(progress);
+        drop(console);
         let failed = reports.iter().filter(|r| !r.failures.is_empty()).count();
         let passed = reports.len() - failed;
         if self.json {

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::SIZE_RANGE;
-use super::progress::Progress;
+use super::progress::Console;
 use crate::data::pack;
+use crate::train::Report as _;
 
 /// Pack a data set into one small file: letterboxed 8-bit images, masks at original size, labels
 ///
@@ -33,15 +34,14 @@ impl Args {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let source = super::data::open(&self.data)?;
         let count = source.cases().len();
-        let progress = Mutex::new((Progress::new("packing", count as u64), 0));
+        let console = Console::default();
+        let packed = AtomicU64::new(0);
         let done = || {
-            let mut guard = progress.lock().expect("no panic while counting");
-            guard.1 += 1;
-            let n = guard.1;
-            guard.0.set(n, "");
+            let n = packed.fetch_add(1, Ordering::Relaxed) + 1;
+            console.progress("packing", n, count as u64, "");
         };
         pack::write(&*source, self.size.into(), &self.out, &done)?;
-        drop(progress);
+        drop(console);
         let bytes = std::fs::metadata(&self.out)?.len();
         println!(
             "{}: {count} cases, {:.1} MB",

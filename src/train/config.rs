@@ -14,7 +14,7 @@ use crate::data::augment::AugmentConfig;
 use crate::error::{Error, Result};
 
 /// Which heads are trained, and whether the consistency term ties them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Arm {
     /// The mask alone.
@@ -40,7 +40,7 @@ impl Arm {
 }
 
 /// A named set of defaults.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
     /// A small U-Net on 64×64 images: seconds a run.
@@ -52,7 +52,7 @@ pub enum Preset {
 }
 
 /// Where training computes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Device {
     /// This machine's processor.

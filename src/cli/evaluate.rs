@@ -1,0 +1,60 @@
+//! `echograd evaluate`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::metrics_table;
+use super::progress::Console;
+use crate::train::evaluate::{self, EvaluateArgs};
+
+/// Test a trained network on a data set, without fine-tuning
+///
+/// Masks are compared at every image's original resolution, threshold 0.5. Images that the run was trained on are recognised by
+/// their bytes and left out. Writes DIR/metrics.json and DIR/per_image.csv.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The run's folder
+    #[arg(value_name = "RUN")]
+    run: PathBuf,
+    /// Data set to test on
+    #[arg(long, value_name = "NAME:PATH", visible_alias = "target")]
+    data: String,
+    /// Folder for the results
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Leave out all but one of images that are the same bytes
+    #[arg(long)]
+    drop_duplicates: bool,
+    /// Count images that the run was trained on too
+    #[arg(long)]
+    include_training: bool,
+    /// Print metrics.json
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// As [`evaluate::evaluate`].
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let args = EvaluateArgs {
+            run: &self.run,
+            data: &self.data,
+            out: &self.out,
+            drop_duplicates: self.drop_duplicates,
+            include_training: self.include_training,
+        };
+        let evaluated = evaluate::evaluate(&args, &Console::default(), super::interrupt()?)?;
+        let name = &evaluated.rows[0].dataset;
+        if self.json {
+            let metrics = BTreeMap::from([(name, &evaluated.metrics)]);
+            println!("{}", serde_json::to_string_pretty(&metrics)?);
+        } else {
+            print!("{}", metrics_table(&[(name.as_str(), &evaluated.metrics)]));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
