@@ -10,15 +10,36 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use echograd::device::simd::Level;
 use echograd::ops::conv2d::{Geometry, forward, input_gradient, weight_gradient};
-use echograd::tensor::{Shape, Tensor};
+use echograd::tensor::Shape;
 
 /// One layer with everything its three functions need.
 struct Layer {
     geometry: Geometry,
-    x: Vec<f32>,
-    w: Vec<f32>,
-    y: Vec<f32>,
-    scratch: Vec<f32>,
+    x: Aligned,
+    w: Aligned,
+    y: Aligned,
+    scratch: Aligned,
+}
+
+/// Elements that begin with a cache line, as those of a session do.
+struct Aligned {
+    elements: Vec<f32>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let elements: Vec<f32> = (0..len + 16)
+            .map(|i| (i % 251) as f32 / 251.0 - 0.5)
+            .collect();
+        let start = elements.as_ptr().align_offset(64);
+        Self {
+            elements,
+            start,
+            len,
+        }
+    }
 }
 
 type Function = fn(&mut Layer);
@@ -32,24 +53,21 @@ const FUNCTIONS: [(&str, Function); 3] = [
 
 impl Layer {
     fn new(geometry: Geometry, x: Shape, w: Shape) -> Self {
-        let values = |shape: Shape| {
-            let value = |i: usize| (i % 251) as f32 / 251.0 - 0.5;
-            Tensor::from_fn(shape, value).data().to_vec()
-        };
         let scratch = geometry
             .forward_scratch()
             .max(geometry.input_gradient_scratch())
             .max(geometry.weight_gradient_scratch());
         Self {
             geometry,
-            x: values(x),
-            w: values(w),
-            y: values(geometry.output()),
-            scratch: vec![0.0; scratch],
+            x: Aligned::new(x.len()),
+            w: Aligned::new(w.len()),
+            y: Aligned::new(geometry.output().len()),
+            scratch: Aligned::new(scratch),
         }
     }
 
-    fn forward(&mut self) {
+    /// Geometry, input, weights, output and scratch.
+    fn parts(&mut self) -> (&Geometry, [&mut [f32]; 4]) {
         let Self {
             geometry,
             x,
@@ -57,28 +75,22 @@ impl Layer {
             y,
             scratch,
         } = self;
+        let parts = [x, w, y, scratch].map(|a| &mut a.elements[a.start..][..a.len]);
+        (geometry, parts)
+    }
+
+    fn forward(&mut self) {
+        let (geometry, [x, w, y, scratch]) = self.parts();
         forward(Level::current(), geometry, x, w, y, scratch);
     }
 
     fn input_gradient(&mut self) {
-        let Self {
-            geometry,
-            x,
-            w,
-            y,
-            scratch,
-        } = self;
+        let (geometry, [x, w, y, scratch]) = self.parts();
         input_gradient(Level::current(), geometry, w, y, x, scratch);
     }
 
     fn weight_gradient(&mut self) {
-        let Self {
-            geometry,
-            x,
-            w,
-            y,
-            scratch,
-        } = self;
+        let (geometry, [x, w, y, scratch]) = self.parts();
         weight_gradient(Level::current(), geometry, x, y, w, scratch);
     }
 }
@@ -120,33 +132,32 @@ fn criterion_layers() {
     criterion.final_summary();
 }
 
-/// Answers lines of `batch size in out kernel stride padding repeats` with the least milliseconds of each function.
+/// Answers `layer batch size in out kernel stride padding` with `ready`, and `run function repeats` with the least
+/// milliseconds of that function (a number) on the last layer.
 fn serve() {
+    let mut layer = None;
     for line in std::io::stdin().lock().lines() {
-        let numbers: Vec<usize> = line
-            .expect("standard input")
-            .split_whitespace()
-            .map(|word| word.parse().expect("a number"))
-            .collect();
-        let [n, size, c, out, kernel, stride, padding, repeats] = numbers[..] else {
-            panic!("expected eight numbers, found {numbers:?}");
-        };
-        let mut layer = square(n, size, c, out, kernel, stride, padding);
-        let least = FUNCTIONS.map(|(_, function)| {
-            function(&mut layer);
-            let time = |_| {
-                let start = Instant::now();
-                function(&mut layer);
-                start.elapsed()
-            };
-            (0..repeats).map(time).min().unwrap_or(Duration::ZERO)
-        });
-        println!(
-            "{}",
-            least
-                .map(|t| format!("{:.4}", t.as_secs_f64() * 1e3))
-                .join(" ")
-        );
+        let line = line.expect("standard input");
+        let mut words = line.split_whitespace();
+        let command = words.next();
+        let numbers: Vec<usize> = words.map(|word| word.parse().expect("a number")).collect();
+        match (command, &numbers[..], &mut layer) {
+            (Some("layer"), &[n, size, c, out, kernel, stride, padding], layer) => {
+                let layer = layer.insert(square(n, size, c, out, kernel, stride, padding));
+                FUNCTIONS.iter().for_each(|(_, function)| function(layer));
+                println!("ready");
+            }
+            (Some("run"), &[function, repeats], Some(layer)) => {
+                let time = |_| {
+                    let start = Instant::now();
+                    FUNCTIONS[function].1(layer);
+                    start.elapsed()
+                };
+                let least: Duration = (0..repeats).map(time).min().expect("a repeat");
+                println!("{}", least.as_secs_f64() * 1e3);
+            }
+            _ => panic!("unknown command {line:?}"),
+        }
     }
 }
 

@@ -1,20 +1,33 @@
 """Convolution and its gradients against PyTorch (eager, channels_last), in one interleaved run.
 
-    cargo bench --bench conv --no-run
-    python benches/peers/conv.py target/release/deps/conv-<hash> [rounds] [batch]
+    cargo bench --bench conv --no-run                    # prints the program's path
+    python benches/peers/conv.py PROGRAM [--cpu] [--rounds N] [--batch N] [--layers SUBSTRING]
 
-Both sides compute the same layers in turn on the same number of threads; the least time of all rounds counts.
+Both sides compute the same layers in turn. By default two threads each and the least wall-clock time of all
+rounds. `--cpu` takes one thread each and processor time instead, which other programs on the machine disturb
+far less.
 """
 
+import argparse
 import os
 import subprocess
-import sys
 import time
 
-THREADS = os.environ.setdefault("RAYON_NUM_THREADS", "2")
+parser = argparse.ArgumentParser()
+parser.add_argument("program")
+parser.add_argument("--cpu", action="store_true")
+parser.add_argument("--rounds", type=int, default=5)
+parser.add_argument("--batch", type=int, default=4)
+parser.add_argument("--layers", default="")
+args = parser.parse_args()
+threads = 1 if args.cpu else 2
+os.environ["RAYON_NUM_THREADS"] = str(threads)
+
 import torch  # noqa: E402  (after the environment is set)
 
-torch.set_num_threads(int(THREADS))
+torch.set_num_threads(threads)
+FUNCTIONS = ["forward", "input gradient", "weight gradient"]
+REPEATS = 2
 
 # size, in, out, kernel, stride, padding
 LAYERS = [
@@ -35,62 +48,79 @@ LAYERS = [
 ]
 
 
-def least(function, repeats):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times) * 1e3
+def timed(function, cpu_clock):
+    """Milliseconds of one call, and what it returned."""
+    clock = cpu_clock if args.cpu else time.perf_counter
+    start = clock()
+    result = function()
+    return (clock() - start) * 1e3, result
 
 
-def peer(batch, layer, repeats):
+class Ours:
+    def __init__(self):
+        pipe = subprocess.PIPE
+        self.server = subprocess.Popen([args.program, "--serve"], stdin=pipe, stdout=pipe, text=True)
+        # The processor-time clock of another process, as clock_getcpuclockid(3) makes it.
+        self.clock_id = (~self.server.pid << 3) | 2
+
+    def ask(self, *words):
+        print(*words, file=self.server.stdin, flush=True)
+        return self.server.stdout.readline()
+
+    def layer(self, *layer):
+        self.ask("layer", args.batch, *layer)
+
+    def run(self, function):
+        cpu, wall = timed(
+            lambda: float(self.ask("run", function, REPEATS)),
+            lambda: time.clock_gettime(self.clock_id),
+        )
+        return cpu / REPEATS if args.cpu else wall
+
+
+class Peer:
+    def layer(self, size, c, out, kernel, stride, padding):
+        last = torch.channels_last
+        x = torch.randn(args.batch, c, size, size).contiguous(memory_format=last)
+        w = torch.randn(out, c, kernel, kernel).contiguous(memory_format=last)
+
+        def forward():
+            return torch.nn.functional.conv2d(x, w, stride=stride, padding=padding)
+
+        dy = torch.randn_like(forward())
+
+        def backward(dx, dw):
+            shape = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
+            return torch.ops.aten.convolution_backward(dy, x, w, None, *shape, [dx, dw, False])
+
+        self.functions = [forward, lambda: backward(True, False), lambda: backward(False, True)]
+        for function in self.functions:
+            function()
+
+    def run(self, function):
+        with torch.no_grad():
+            return min(timed(self.functions[function], time.process_time)[0] for _ in range(REPEATS))
+
+
+sides = [Ours(), Peer()]
+clock = "processor time" if args.cpu else "wall-clock time"
+print(f"PyTorch {torch.__version__}, batch {args.batch}, {threads} thread(s), least {clock} of {args.rounds} rounds")
+print("ms ours / PyTorch = ratio; last column GFLOP/s of ours")
+print(f"{'layer':>22} " + "".join(f"{head:>26}" for head in [*FUNCTIONS, "all three"]) + "   GFLOP/s")
+for layer in LAYERS:
     size, c, out, kernel, stride, padding = layer
-    x = torch.randn(batch, c, size, size).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(out, c, kernel, kernel).contiguous(memory_format=torch.channels_last)
-    y = torch.nn.functional.conv2d(x, w, stride=stride, padding=padding)
-    dy = torch.randn_like(y)
-
-    def backward(mask):
-        arguments = (dy, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
-        return torch.ops.aten.convolution_backward(*arguments, [*mask, False])
-
-    with torch.no_grad():
-        return [
-            least(lambda: torch.nn.functional.conv2d(x, w, stride=stride, padding=padding), repeats),
-            least(lambda: backward((True, False)), repeats),
-            least(lambda: backward((False, True)), repeats),
-        ]
-
-
-def main():
-    program = sys.argv[1]
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    batch = int(sys.argv[3]) if len(sys.argv) > 3 else 4
-    server = subprocess.Popen([program, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ours(layer, repeats):
-        print(batch, *layer, repeats, file=server.stdin, flush=True)
-        return [float(word) for word in server.stdout.readline().split()]
-
-    print(f"PyTorch {torch.__version__}, {THREADS} threads, batch {batch}, least of {rounds} interleaved rounds")
-    print("ms ours/PyTorch = ratio; GFLOP/s of ours")
-    heads = ["forward", "input gradient", "weight gradient", "all three"]
-    print(f"{'layer':>26} " + "".join(f"{head:>26}" for head in heads) + "   GFLOP/s")
-    for layer in LAYERS:
-        size, c, out, kernel, stride, padding = layer
-        best_ours, best_peer = [float("inf")] * 3, [float("inf")] * 3
-        for _ in range(rounds):
-            best_peer = [min(a, b) for a, b in zip(best_peer, peer(batch, layer, 2))]
-            best_ours = [min(a, b) for a, b in zip(best_ours, ours(layer, 2))]
-        pairs = list(zip(best_ours, best_peer)) + [(sum(best_ours), sum(best_peer))]
-        extent = (size + 2 * padding - kernel) // stride + 1
-        flops = 2 * batch * extent**2 * kernel**2 * c * out
-        rates = "/".join(f"{flops / t / 1e6:.0f}" for t in best_ours)
-        name = f"{c}→{out} {kernel}×{kernel}/{stride} {size}²"
-        print(f"{name:>26} " + "".join(f"{a:9.2f}/{b:8.2f} = {a / b:4.2f}" for a, b in pairs) + "   " + rates, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    name = f"{c}→{out} {kernel}×{kernel}/{stride} {size}²"
+    if args.layers not in name:
+        continue
+    for side in sides:
+        side.layer(*layer)
+    least = [[float("inf")] * 3 for _ in sides]
+    for _ in range(args.rounds):
+        for function in range(3):
+            for side, times in zip(sides, least):
+                times[function] = min(times[function], side.run(function))
+    pairs = list(zip(*least)) + [tuple(map(sum, least))]
+    extent = (size + 2 * padding - kernel) // stride + 1
+    flops = 2 * args.batch * extent**2 * kernel**2 * c * out
+    rates = "/".join(f"{flops / t / 1e6:.0f}" for t in least[0])
+    print(f"{name:>22} " + "".join(f"{a:9.2f} /{b:8.2f} = {a / b:4.2f}" for a, b in pairs) + "   " + rates, flush=True)

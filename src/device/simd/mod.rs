@@ -203,6 +203,19 @@ pub fn dispatch_at<T: Real, K: Kernel<T>>(level: Level, kernel: K) -> K::Out {
     T::dispatch(level, kernel)
 }
 
+/// Asks for the cache line at `address`, which need not be valid, where there is an instruction for it.
+#[inline(always)]
+pub fn prefetch<T>(address: *const T) {
+    // SAFETY: part of x86-64 itself; an invalid address is ignored.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// An instruction set that this machine has; there is no way to make one that it lacks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Level(Isa);

@@ -8,15 +8,16 @@
 use rayon::prelude::*;
 
 use super::tile::{Walk, strip, widest};
-use super::{Shared, pieces};
+use super::{SLOTS, Shared, Slabs, aligned, pieces};
 use crate::device::simd::{self, Kernel, Lanes, Level, MAX_LANES};
 use crate::tensor::{Real, Shape};
 
-/// Tasks that run at once at most; each has its slab. A fixed number, so that the scratch does not depend on
-/// the machine.
-const SLOTS: usize = 32;
 /// Elements of a slab that are aimed at: with as many bytes of weights it fits a core's second-level cache.
 const SLAB: usize = 1 << 16;
+/// Most input channels of a pass.
+const DEPTH: usize = 128;
+/// Input channels whose weights are packed together.
+const RUN: usize = 16;
 /// Most pixels of a block, lest images of few channels make too few tasks.
 const BLOCK: usize = 1 << 12;
 
@@ -68,7 +69,10 @@ struct Cut {
     blocks: [usize; 2],
     /// Output channels of a task.
     channels: usize,
-    /// Elements of a slab; 0 if the input can be read where it lies.
+    /// Input channels of a pass: so many that the weights of a block of output channels stay in cache.
+    depth: usize,
+    /// Whether the input can be read where it lies; else a slab of so many elements is needed.
+    direct: bool,
     slab: usize,
     tasks: usize,
 }
@@ -110,18 +114,20 @@ impl Correlation {
     }
 
     fn cut(&self) -> Cut {
+        let (depth, passes) = pieces(self.x.c, DEPTH);
         // Blocks of pixels as square as they can be, for the least overlap.
-        let side = |elements: usize| (elements / self.x.c.max(1)).isqrt();
-        let edge = (2 * side(SLAB)).clamp(16, 512) / self.stride[1];
-        let (columns, column_blocks) = pieces(self.pixels[1], edge.max(8));
-        let row_len = self.reach(1, columns) * self.x.c;
-        let rows = (SLAB / row_len.max(1)).saturating_sub(self.taps[0]) / self.stride[0] + 1;
-        let (rows, row_blocks) = pieces(self.pixels[0], rows.min(BLOCK / columns).max(1));
+        let edge = 2 * (SLAB / depth).isqrt() / self.stride[1];
+        let (columns, column_blocks) = pieces(self.pixels[1], edge.clamp(8, 512));
+        let row_len = self.reach(1, columns) * depth;
+        let rows = (SLAB / row_len).saturating_sub(self.taps[0]) / self.stride[0] + 1;
+        let (rows, row_blocks) = pieces(self.pixels[0], rows.min(BLOCK / columns));
         let inside = (0..2).all(|axis| {
             let extent = [self.x.h, self.x.w][axis] as isize;
             let end = self.origin[axis] + self.reach(axis, self.pixels[axis]) as isize;
             self.origin[axis] >= 0 && end <= extent
         });
+        // The channels of a kernel row are read in one go, which passes leave contiguous only in a slab.
+        let direct = inside && (passes == 1 || self.taps[1] == 1);
         let blocks = self.x.n * row_blocks * column_blocks;
         // Maps too small to keep everyone busy are also cut by channels.
         let (channels, channel_blocks) = if blocks >= SLOTS {
@@ -133,7 +139,9 @@ impl Correlation {
             block: [rows, columns],
             blocks: [row_blocks, column_blocks],
             channels,
-            slab: if inside {
+            depth,
+            direct,
+            slab: if direct {
                 0
             } else {
                 (self.reach(0, rows) * row_len).next_multiple_of(MAX_LANES)
@@ -144,12 +152,14 @@ impl Correlation {
 
     /// Elements of scratch that [`Correlation::run`] needs, with any lanes.
     pub fn scratch(&self) -> usize {
-        if self.is_empty() {
+        if self.is_empty() || self.terms() == 0 {
             return 0;
         }
         let this = self.flattened();
         let cut = this.cut();
-        this.terms() * this.channels.next_multiple_of(MAX_LANES) + cut.tasks.min(SLOTS) * cut.slab
+        MAX_LANES
+            + this.terms() * this.channels.next_multiple_of(MAX_LANES)
+            + cut.tasks.min(SLOTS) * cut.slab
     }
 
     /// Computes the correlation.
@@ -157,28 +167,43 @@ impl Correlation {
         if self.is_empty() {
             return;
         }
+        if self.terms() == 0 {
+            return self.clear(y);
+        }
         let this = self.flattened();
         let cut = this.cut();
         let (packed, slabs) =
-            scratch.split_at_mut(this.terms() * this.channels.next_multiple_of(MAX_LANES));
-        pack(&this, level, w, packed);
-        let slots = cut.tasks.min(SLOTS);
-        let (y, slabs, packed) = (Shared(y.as_mut_ptr()), Shared(slabs.as_mut_ptr()), &*packed);
-        (0..slots).into_par_iter().for_each(|slot| {
-            // SAFETY: every slot has its own `slab` elements of the scratch.
-            let slab =
-                unsafe { std::slice::from_raw_parts_mut(slabs.at(slot * cut.slab), cut.slab) };
-            for task in slot * cut.tasks / slots..(slot + 1) * cut.tasks / slots {
-                let task = Task {
-                    of: &this,
-                    cut: &cut,
-                    task,
-                    x,
-                    packed,
-                    y,
-                    slab,
-                };
-                simd::dispatch_at(level, task);
+            aligned(scratch).split_at_mut(this.terms() * this.channels.next_multiple_of(MAX_LANES));
+        pack(&this, cut.depth, level, w, packed);
+        let slabs = Slabs::new(slabs, cut.tasks.min(SLOTS), cut.slab);
+        let (y, packed) = (Shared(y.as_mut_ptr()), &*packed);
+        (0..cut.tasks).into_par_iter().for_each(|task| {
+            slabs.lend(|slab| {
+                let (of, cut) = (&this, &cut);
+                simd::dispatch_at(
+                    level,
+                    Task {
+                        of,
+                        cut,
+                        task,
+                        x,
+                        packed,
+                        y,
+                        slab,
+                    },
+                );
+            });
+        });
+    }
+
+    /// The output of a kernel without taps.
+    fn clear<T: Real>(&self, y: &mut [T]) {
+        y.par_chunks_mut(self.y.image).for_each(|y| {
+            for i in 0..self.pixels[0] {
+                for j in 0..self.pixels[1] {
+                    let first = self.y.start + i * self.y.row + j * self.y.column;
+                    y[first..first + self.channels].fill(T::zero());
+                }
             }
         });
     }
@@ -200,35 +225,40 @@ impl<T: Real> Kernel<T> for Width {
     }
 }
 
-/// Copies weights to `[block of channels][row, column, input channel][lanes]`, a block being as wide as a tile;
-/// missing channels of the last vector are zero.
-fn pack<T: Real>(of: &Correlation, level: Level, w: &[T], packed: &mut [T]) {
+/// Copies weights to `[block of output channels][pass of input channels][row, column, input channel][lanes]`, a
+/// block being as wide as a tile; missing channels of the last vector are zero.
+fn pack<T: Real>(of: &Correlation, depth: usize, level: Level, w: &[T], packed: &mut [T]) {
     let (terms, bank) = (of.terms(), of.w);
-    if terms == 0 {
-        return;
-    }
     let (lanes, vectors) = simd::dispatch_at::<T, _>(level, Width);
     packed[..terms * of.channels.next_multiple_of(lanes)]
         .par_chunks_mut(terms * lanes * vectors)
         .enumerate()
-        .for_each(|(block, packed)| {
+        .for_each(|(block, mut packed)| {
             let width = packed.len() / terms;
             let first = block * lanes * vectors;
             let present = width.min(of.channels - first);
-            for (tap, packed) in packed.chunks_exact_mut(of.x.c * width).enumerate() {
-                let (r, s) = ((tap / of.taps[1]) as isize, (tap % of.taps[1]) as isize);
-                let start = (bank.start + first * bank.output)
-                    .wrapping_add_signed(r * bank.row + s * bank.column);
-                for (c, packed) in packed.chunks_exact_mut(width).enumerate() {
-                    let start = start + c * bank.input;
-                    if bank.output == 1 {
-                        packed[..present].copy_from_slice(&w[start..start + present]);
-                    } else {
-                        for (o, packed) in packed[..present].iter_mut().enumerate() {
-                            *packed = w[start + o * bank.output];
+            for pass in (0..of.x.c).step_by(depth) {
+                let depth = depth.min(of.x.c - pass);
+                for tap in 0..of.taps[0] * of.taps[1] {
+                    let (r, s) = ((tap / of.taps[1]) as isize, (tap % of.taps[1]) as isize);
+                    let start = (bank.start + first * bank.output + pass * bank.input)
+                        .wrapping_add_signed(r * bank.row + s * bank.column);
+                    // By runs of input channels, which share cache lines in one order of the weights, as
+                    // output channels do in the other.
+                    for run in (0..depth).step_by(RUN) {
+                        let run_len = RUN.min(depth - run);
+                        let now = packed.split_off_mut(..run_len * width);
+                        let now = now.expect("as many terms as the block holds");
+                        for o in 0..present {
+                            let start = start + run * bank.input + o * bank.output;
+                            for (c, to) in now[o..].iter_mut().step_by(width).enumerate() {
+                                *to = w[start + c * bank.input];
+                            }
+                        }
+                        for now in now.chunks_exact_mut(width) {
+                            now[present..].fill(T::zero());
                         }
                     }
-                    packed[present..].fill(T::zero());
                 }
             }
         });
@@ -265,48 +295,56 @@ impl<T: Real> Kernel<T> for Task<'_, T> {
         let input = &self.x[image * image_len..][..image_len];
         let top = (row * of.stride[0]) as isize + of.origin[0];
         let left = (column * of.stride[1]) as isize + of.origin[1];
-        let (a, a_image_row) = if cut.slab == 0 {
-            let first = (top as usize * of.x.w + left as usize) * of.x.c;
-            (input[first..].as_ptr(), of.x.w * of.x.c)
-        } else {
-            let extent = [of.reach(0, rows), of.reach(1, columns)];
-            fill_slab(self.slab, input, of.x, [top, left], extent, 0..of.x.c);
-            (self.slab.as_ptr(), extent[1] * of.x.c)
-        };
-
         let terms = of.terms();
-        let inner = of.taps[1] * of.x.c;
-        let mut first = channel;
-        while first < channel_end {
-            let width = (widest::<L>() * L::N).min(channel_end - first);
-            let lanes = width.next_multiple_of(L::N);
-            let walk = Walk {
-                outer: of.taps[0],
-                a_outer: a_image_row,
-                b_outer: inner * lanes,
-                inner,
-                a_inner: 1,
-                b_inner: lanes,
-                a_row: of.stride[1] * of.x.c,
-                c_row: of.y.column,
-                accumulate: false,
+        for pass in (0..of.x.c).step_by(cut.depth) {
+            let depth = cut.depth.min(of.x.c - pass);
+            let (a, a_pixel, a_image_row) = if cut.direct {
+                let first = (top as usize * of.x.w + left as usize) * of.x.c + pass;
+                (input[first..].as_ptr(), of.x.c, of.x.w * of.x.c)
+            } else {
+                let extent = [of.reach(0, rows), of.reach(1, columns)];
+                fill_slab(
+                    self.slab,
+                    input,
+                    of.x,
+                    [top, left],
+                    extent,
+                    pass..pass + depth,
+                );
+                (self.slab.as_ptr(), depth, extent[1] * depth)
             };
-            let weights = self.packed[first * terms..].as_ptr();
-            for i in 0..rows {
-                let y = of.y.start
-                    + image * of.y.image
-                    + (row + i) * of.y.row
-                    + column * of.y.column
-                    + first;
-                // SAFETY: the slab, or the part of the image, covers all taps of all `columns` pixels; the
-                // packed weights hold `terms · lanes` elements for this block; no other task writes these
-                // pixels' channels.
-                unsafe {
-                    let a = a.add(i * of.stride[0] * a_image_row);
-                    strip::<L>(&walk, a, weights, self.y.at(y), columns, width);
+            let inner = of.taps[1] * depth;
+            for first in (channel..channel_end).step_by(widest::<L>() * L::N) {
+                let width = (widest::<L>() * L::N).min(channel_end - first);
+                let lanes = width.next_multiple_of(L::N);
+                let walk = Walk {
+                    outer: of.taps[0],
+                    a_outer: a_image_row,
+                    b_outer: inner * lanes,
+                    inner,
+                    a_inner: 1,
+                    b_inner: lanes,
+                    a_row: of.stride[1] * a_pixel,
+                    c_row: of.y.column,
+                    accumulate: pass > 0,
+                };
+                let weights = first * terms + of.taps[0] * of.taps[1] * pass * lanes;
+                let weights = self.packed[weights..].as_ptr();
+                for i in 0..rows {
+                    let y = of.y.start
+                        + image * of.y.image
+                        + (row + i) * of.y.row
+                        + column * of.y.column
+                        + first;
+                    // SAFETY: the slab, or the part of the image, covers all taps of all `columns` pixels;
+                    // the packed weights hold `outer · inner · lanes` elements for this pass; no other task
+                    // writes these pixels' channels.
+                    unsafe {
+                        let a = a.add(i * of.stride[0] * a_image_row);
+                        strip::<L>(&walk, a, weights, self.y.at(y), columns, width);
+                    }
                 }
             }
-            first += width;
         }
     }
 }

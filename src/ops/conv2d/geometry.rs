@@ -133,19 +133,13 @@ impl Geometry {
             };
             let (rows, row_taps, top, last_row) = axis(0, x.h, w.h);
             let (columns, column_taps, left, last_column) = axis(1, x.w, w.w);
-            // Without taps the result is zero, wherever it is read from.
-            let (taps, origin) = if row_taps * column_taps == 0 {
-                ([0, 0], [0, 0])
-            } else {
-                ([row_taps, column_taps], [top, left])
-            };
             Correlation {
                 x: this.output(),
                 pixels: [rows, columns],
                 channels: x.c,
-                taps,
+                taps: [row_taps, column_taps],
                 stride: [1, 1],
-                origin,
+                origin: [top, left],
                 y: Placement {
                     start: (phase[0] * x.w + phase[1]) * x.c,
                     image: x.pixels() * x.c,

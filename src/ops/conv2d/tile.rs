@@ -9,12 +9,15 @@
 //! - its weight gradient: rows are output channels, columns the contiguous (kernel column, input channel), the
 //!   sum runs over image rows and pixels.
 
-use crate::device::simd::Lanes;
+use crate::device::simd::{self, Lanes};
 
 /// Most columns, in vectors, that one tile covers with lanes of this kind.
 pub(super) const fn widest<L: Lanes>() -> usize {
     if L::REGISTERS >= 32 { 4 } else { 2 }
 }
+
+/// Turns of the inner loop by which vectors are fetched ahead.
+const AHEAD: usize = 8;
 
 /// How the operands of a tile are walked; all strides in elements.
 #[derive(Clone, Copy)]
@@ -49,32 +52,37 @@ pub(super) unsafe fn strip<L: Lanes>(
     rows: usize,
     columns: usize,
 ) {
-    let mut row = 0;
+    // Accumulators, one row of vectors of `b` and one broadcast scalar fill the registers.
     macro_rules! tiles {
-        ($vectors:literal: $($rows:literal)*) => {{
-            $(while rows - row >= $rows {
+        ($vectors:literal, $most:literal: $($rows:literal)*) => {{
+            // Tiles of nearly one height: the arithmetic units want eight sums at least.
+            let tiles = rows.div_ceil($most);
+            let mut row = 0;
+            for tile_index in 0..tiles {
+                let height = (rows - row) / (tiles - tile_index);
                 // SAFETY: the caller's.
                 unsafe {
                     let (a, c) = (a.add(row * walk.a_row), c.add(row * walk.c_row));
-                    tile::<L, $rows, $vectors>(walk, a, b, c, columns);
+                    match height {
+                        $($rows => tile::<L, $rows, $vectors>(walk, a, b, c, columns),)*
+                        _ => tile::<L, $most, $vectors>(walk, a, b, c, columns),
+                    }
                 }
-                row += $rows;
-            })*
+                row += height;
+            }
         }};
     }
-    // Accumulators, one row of vectors of `b` and one broadcast scalar fill the registers. Fewer rows keep the
-    // arithmetic units as busy as long as there are eight accumulators, so remainders cost little.
     if L::REGISTERS >= 32 {
         match columns.div_ceil(L::N) {
-            1 => tiles!(1: 12 4 1),
-            2 => tiles!(2: 12 4 2 1),
-            3 => tiles!(3: 8 4 2 1),
-            _ => tiles!(4: 6 4 2 1),
+            1 => tiles!(1, 12: 1 2 3 4 5 6 7 8 9 10 11),
+            2 => tiles!(2, 8: 1 2 3 4 5 6 7),
+            3 => tiles!(3, 8: 1 2 3 4 5 6 7),
+            _ => tiles!(4, 6: 1 2 3 4 5),
         }
     } else {
         match columns.div_ceil(L::N) {
-            1 => tiles!(1: 8 4 1),
-            _ => tiles!(2: 6 4 2 1),
+            1 => tiles!(1, 8: 1 2 3 4 5 6 7),
+            _ => tiles!(2, 6: 1 2 3 4 5),
         }
     }
 }
@@ -103,6 +111,9 @@ unsafe fn tile<L: Lanes, const P: usize, const V: usize>(
             let (mut a_now, mut b_now) = (a, b);
             for _ in 0..walk.inner {
                 let vectors: [L; V] = std::array::from_fn(|v| L::load_ptr(b_now.add(v * L::N)));
+                for v in 0..V {
+                    simd::prefetch(b_now.wrapping_add(AHEAD * walk.b_inner + v * L::N));
+                }
                 for (p, sums) in sums.iter_mut().enumerate() {
                     let scalar = L::splat(*a_now.add(p * walk.a_row));
                     for (sum, &vector) in sums.iter_mut().zip(&vectors) {

@@ -9,17 +9,17 @@ use rayon::prelude::*;
 
 use super::correlate::fill_slab;
 use super::tile::{Walk, strip, widest};
-use super::{Geometry, Shared, pieces};
+use super::{Geometry, SLOTS, Shared, Slabs, aligned, pieces};
 use crate::device::simd::{self, Kernel, Lanes, Level, MAX_LANES};
 use crate::tensor::Real;
 
-/// Tasks that run at once at most, and tasks that chunks are made for; fixed, as the chunks decide how sums are
-/// rounded.
-const SLOTS: usize = 32;
+/// Tasks that chunks are made for; fixed, as the chunks decide how sums are rounded.
+const TASKS: usize = 32;
 /// Output channels of a task.
 const OUTPUTS: usize = 64;
-/// Input channels of a task, where there are more than twice as many.
-const INPUTS: usize = 64;
+/// Least weights per output channel of a task, where there are more than twice as many: enough to pay for copying
+/// the operands.
+const WEIGHTS: usize = 576;
 /// Output columns and pixels of a block: enough to pay for moving the sums between registers and memory.
 const COLUMNS: usize = 64;
 const PIXELS: usize = 256;
@@ -47,7 +47,8 @@ impl Cut {
         let (columns, column_blocks) = pieces(y.w, if y.h == 1 { PIXELS } else { COLUMNS });
         let (rows, row_blocks) = pieces(y.h, PIXELS / columns);
         let outputs = OUTPUTS.min(w.n);
-        let inputs = if w.c > 2 * INPUTS { INPUTS } else { w.c };
+        let inputs = (WEIGHTS / (w.h * w.w)).next_multiple_of(4 * MAX_LANES);
+        let inputs = if w.c > 2 * inputs { inputs } else { w.c };
         let ranges = [w.n.div_ceil(outputs), w.c.div_ceil(inputs)];
         let blocks = y.n * row_blocks * column_blocks;
         let reach = |axis: usize, count: usize| geometry.reach(axis, count);
@@ -56,7 +57,7 @@ impl Cut {
             blocks: [row_blocks, column_blocks],
             channels: [outputs, inputs],
             ranges,
-            chunks: SLOTS.div_ceil(ranges[0] * ranges[1]).min(blocks),
+            chunks: TASKS.div_ceil(ranges[0] * ranges[1]).min(blocks),
             slabs: [
                 // A vector at the end of the last pixel reads beyond it.
                 (reach(0, rows) * reach(1, columns) * inputs + MAX_LANES)
@@ -77,7 +78,7 @@ impl Cut {
     /// Elements of the partial gradients; with a single chunk the result itself is written.
     fn partials(&self, geometry: &Geometry) -> usize {
         if self.chunks > 1 {
-            self.chunks * geometry.w.len()
+            (self.chunks * geometry.w.len()).next_multiple_of(MAX_LANES)
         } else {
             0
         }
@@ -87,7 +88,7 @@ impl Cut {
 /// Elements of scratch that [`run`] needs, with any lanes.
 pub(super) fn scratch(geometry: &Geometry) -> usize {
     let cut = Cut::of(geometry);
-    cut.partials(geometry) + cut.tasks().min(SLOTS) * cut.slab()
+    MAX_LANES + cut.partials(geometry) + cut.tasks().min(SLOTS) * cut.slab()
 }
 
 /// Computes the weight gradient.
@@ -100,25 +101,22 @@ pub(super) fn run<T: Real>(
     scratch: &mut [T],
 ) {
     let cut = Cut::of(geometry);
-    let (partials, slabs) = scratch.split_at_mut(cut.partials(geometry));
-    let slabs = Shared(slabs.as_mut_ptr());
+    let (partials, slabs) = aligned(scratch).split_at_mut(cut.partials(geometry));
+    let tasks = cut.tasks();
+    let slabs = Slabs::new(slabs, tasks.min(SLOTS), cut.slab());
     let target = Shared(if cut.chunks > 1 {
         partials.as_mut_ptr()
     } else {
         dw.as_mut_ptr()
     });
-    let (tasks, slots) = (cut.tasks(), cut.tasks().min(SLOTS));
-    (0..slots).into_par_iter().for_each(|slot| {
-        // SAFETY: every slot has its own `slab` elements of the scratch.
-        let slab =
-            unsafe { std::slice::from_raw_parts_mut(slabs.at(slot * cut.slab()), cut.slab()) };
-        for task in slot * tasks / slots..(slot + 1) * tasks / slots {
-            let slab = &mut *slab;
+    (0..tasks).into_par_iter().for_each(|task| {
+        slabs.lend(|slab| {
+            let cut = &cut;
             simd::dispatch_at(
                 level,
                 Task {
                     geometry,
-                    cut: &cut,
+                    cut,
                     task,
                     x,
                     dy,
@@ -126,7 +124,7 @@ pub(super) fn run<T: Real>(
                     slab,
                 },
             );
-        }
+        });
     });
     if cut.chunks > 1 {
         let partials = &*partials;
