@@ -1,7 +1,21 @@
 //! The features against the table of check values, numerical derivatives and hostile masks.
 
+use std::collections::HashMap;
+use std::path::Path;
+
+use calamine::{Reader, Xlsx};
+use echograd::data::{self, Label};
+use echograd::device::cpu::{Element, Session};
 use echograd::features::{FitOptions, MaskSums, Prior, ShapeFeatures, Start};
-use echograd::tensor::Real;
+use echograd::metrics::classification::Auc;
+use echograd::ops::losses::{BceWithLogits, SoftDice};
+use echograd::ops::mask_head::{BAND, MaskHead};
+use echograd::ops::moments::Moments;
+use echograd::ops::perimeter::Perimeter;
+use echograd::ops::pointwise::{Scale, Sigmoid};
+use echograd::ops::shape_features;
+use echograd::tape::{Plan, Tape, Var};
+use echograd::tensor::{Real, Shape};
 use proptest::prelude::*;
 
 const SIZE: usize = 256;
@@ -491,4 +505,428 @@ fn gradients_of_the_prior() {
         }
         .phi(&rows[3])
     });
+}
+
+/// Cross-entropy, Dice loss, moments and perimeter of logits, by the mask head.
+fn fused(tape: &mut Tape, inputs: &[Var], sharpness: f64) -> echograd::Result<Vec<Var>> {
+    let mut outputs = tape.push_all(MaskHead { sharpness }, inputs)?;
+    outputs.remove(2);
+    Ok(outputs)
+}
+
+/// The same by the operations that the mask head stands for.
+fn composed(tape: &mut Tape, inputs: &[Var], sharpness: f64) -> echograd::Result<Vec<Var>> {
+    let plain = tape.push(Sigmoid, &inputs[..1])?;
+    let sharp = tape.push(Scale { factor: sharpness }, &inputs[..1])?;
+    let sharp = tape.push(Sigmoid, &[sharp])?;
+    Ok(vec![
+        tape.push(BceWithLogits, inputs)?,
+        tape.push(SoftDice, &[plain, inputs[1]])?,
+        tape.push(Moments, &[sharp])?,
+        tape.push(Perimeter, &[sharp])?,
+    ])
+}
+
+type Record = fn(&mut Tape, &[Var], f64) -> echograd::Result<Vec<Var>>;
+
+/// Values, and the gradient of a fixed combination of them with respect to the logits.
+fn head<T: Element>(
+    record: Record,
+    sharpness: f64,
+    shape: Shape,
+    logits: &[f64],
+    truth: &[f64],
+) -> (Vec<Vec<T>>, Vec<T>) {
+    let mut tape = Tape::new();
+    let inputs = [tape.input("logits", shape), tape.input("truth", shape)];
+    let outputs = record(&mut tape, &inputs, sharpness).expect("shapes fit");
+    let seeds: Vec<(Var, Var)> = outputs
+        .iter()
+        .map(|&y| (y, tape.input("seed", tape.shape(y))))
+        .collect();
+    let gradient = tape
+        .backward_from(&seeds, &inputs[..1])
+        .expect("differentiable")[0]
+        .unwrap();
+    outputs
+        .iter()
+        .chain([&gradient])
+        .for_each(|&v| tape.keep(v));
+    let plan = Plan::new(&tape, Default::default()).expect("small");
+    let mut session = Session::<T>::new(plan).expect("small");
+    let cast = |x: &[f64]| x.iter().map(|&x| T::of(x)).collect::<Vec<_>>();
+    session.write(inputs[0], &cast(logits));
+    session.write(inputs[1], &cast(truth));
+    for (k, &(_, seed)) in seeds.iter().enumerate() {
+        for (i, s) in session.values_mut(seed).iter_mut().enumerate() {
+            *s = T::of([0.7, -0.9, 1e-2, 0.3][k] * (1.0 + (i % 5) as f64));
+        }
+    }
+    session.run();
+    let values = outputs.iter().map(|&y| session.read(y).to_vec()).collect();
+    (values, session.read(gradient).to_vec())
+}
+
+/// Logits of a few blobs with noise, saturated here and there.
+fn blobs(shape: Shape) -> (Vec<f64>, Vec<f64>) {
+    let noise = noise(shape.w, shape.n * shape.h);
+    (0..shape.len())
+        .map(|i| {
+            let (x, y) = ((i % shape.w) as f64, (i / shape.w % shape.h) as f64);
+            let wave = (x * 0.31).sin() * (y * 0.17).cos();
+            let z = 6.0 * wave - 1.0 + 2.0 * noise[i];
+            let z = if noise[i] > 0.97 { 20.0 * z } else { z };
+            (
+                z,
+                if wave + 0.2 * noise[i] > 0.3 {
+                    1.0
+                } else {
+                    0.0
+                },
+            )
+        })
+        .unzip()
+}
+
+#[test]
+fn the_mask_head_is_its_composition() {
+    let shapes = [
+        Shape::new(2, 1, 1, 1),
+        Shape::new(1, 3, 257, 1),
+        Shape::new(3, 17, 16, 1),
+        Shape::new(2, BAND, 31, 1),
+        Shape::new(2, 2 * BAND + 1, 40, 1),
+        Shape::new(1, 5, 2100, 1),
+    ];
+    for shape in shapes {
+        let (logits, truth) = blobs(shape);
+        for sharpness in [3.0, 1.7] {
+            let (values, gradient) = head::<f64>(fused, sharpness, shape, &logits, &truth);
+            let (oracle, expected) = head::<f64>(composed, sharpness, shape, &logits, &truth);
+            for (k, (found, expected)) in values.iter().zip(&oracle).enumerate() {
+                let largest = expected.iter().fold(1.0_f64, |max, x| max.max(x.abs()));
+                for (found, expected) in found.iter().zip(expected) {
+                    let close = (found - expected).abs() <= 1e-12 * largest;
+                    assert!(close, "output {k} of {shape}: {found}, expected {expected}");
+                }
+            }
+            let largest = expected.iter().fold(0.0_f64, |max, x| max.max(x.abs()));
+            for (i, (found, expected)) in gradient.iter().zip(&expected).enumerate() {
+                let close = (found - expected).abs() <= 1e-12 * largest;
+                assert!(
+                    close,
+                    "gradient {i} of {shape}: {found}, expected {expected}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_mask_head_gives_the_same_bits_at_any_number_of_threads() {
+    let shape = Shape::new(3, 2 * BAND + 7, 53, 1);
+    let (logits, truth) = blobs(shape);
+    let bits = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .expect("threads");
+        pool.install(|| head::<f32>(fused, 3.0, shape, &logits, &truth))
+    };
+    let one = bits(1);
+    for threads in [2, 3, 8] {
+        assert_eq!(bits(threads), one, "{threads} threads");
+    }
+}
+
+/// Features, whether measurable, and the gradient of one feature (or of their sum, `None`) with
+/// respect to the logits, by the mask head.
+fn features_of_logits<T: Element>(
+    size: usize,
+    logits: &[f64],
+    feature: Option<usize>,
+) -> ([f64; 4], bool, Vec<T>) {
+    let mut tape = Tape::new();
+    let shape = Shape::new(1, size, size, 1);
+    let inputs = [tape.input("logits", shape), tape.input("truth", shape)];
+    let head = tape
+        .push_all(MaskHead::default(), &inputs)
+        .expect("shapes fit");
+    let outputs = tape
+        .push_all(shape_features::ShapeFeatures, &head[3..])
+        .expect("shapes fit");
+    let seed = tape.input("seed", Shape::per_image(1, 4));
+    let gradient = tape
+        .backward_from(&[(outputs[0], seed)], &inputs[..1])
+        .expect("differentiable");
+    let gradient = gradient[0].expect("depends on the logits");
+    [outputs[0], outputs[1], gradient]
+        .into_iter()
+        .for_each(|v| tape.keep(v));
+    let plan = Plan::new(&tape, Default::default()).expect("small");
+    let mut session = Session::<T>::new(plan).expect("small");
+    session.write(
+        inputs[0],
+        &logits.iter().map(|&z| T::of(z)).collect::<Vec<_>>(),
+    );
+    for (k, seed) in session.values_mut(seed).iter_mut().enumerate() {
+        *seed = if feature.is_none_or(|feature| feature == k) {
+            T::one()
+        } else {
+            T::zero()
+        };
+    }
+    session.run();
+    let features = session.read(outputs[0]);
+    let features = std::array::from_fn(|k| features[k].wide());
+    let measurable = session.read(outputs[1])[0] == T::one();
+    (features, measurable, session.read(gradient).to_vec())
+}
+
+/// The mask head in single precision against double, on the same logits, for small lesions anywhere.
+#[test]
+fn f32_features_of_logits_agree_with_f64() {
+    for radius in [5.0, 11.5, 60.0] {
+        for (column, row) in [
+            (5.0, 5.0),
+            (127.5, 127.5),
+            (250.0, 3.0),
+            (249.6, 250.3),
+            (1.0, 63.5),
+        ] {
+            for background in [-60.0, -4.0] {
+                let logits: Vec<f64> = (0..SIZE * SIZE)
+                    .map(|i| ((i % SIZE) as f64 - column).hypot((i / SIZE) as f64 - row))
+                    .map(|r| f64::from((2.0 * (radius - r)).clamp(background, 60.0) as f32))
+                    .collect();
+                let (single, _, by_single) = features_of_logits::<f32>(SIZE, &logits, None);
+                let (double, measurable, by_double) =
+                    features_of_logits::<f64>(SIZE, &logits, None);
+                assert!(measurable);
+                for k in 0..4 {
+                    let difference = (single[k] - double[k]).abs();
+                    assert!(
+                        difference <= 1e-4,
+                        "{} of radius {radius} at {column},{row}: {difference}",
+                        ShapeFeatures::NAMES[k]
+                    );
+                }
+                let largest = by_double.iter().fold(0.0_f64, |max, g| max.max(g.abs()));
+                for (single, double) in by_single.iter().zip(&by_double) {
+                    assert!(
+                        (single.wide() - double).abs() <= 1e-3 * largest,
+                        "{single} {double}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_hostile_logits_are_finite_and_bounded() {
+    let half = (SIZE as f64 - 1.0) / 2.0;
+    let of = |f: &dyn Fn(f64, f64) -> f64| -> Vec<f64> {
+        (0..SIZE * SIZE)
+            .map(|i| f((i % SIZE) as f64 - half, (i / SIZE) as f64 - half))
+            .collect()
+    };
+    let noise = noise(SIZE, SIZE);
+    let cases = [
+        ("empty", of(&|_, _| -60.0), false),
+        ("full", of(&|_, _| 60.0), true),
+        ("undecided", of(&|_, _| 0.0), true),
+        ("1e-30", of(&|_, _| 1e-30), true),
+        ("haze of 1e-30", of(&|_, _| -23.0), false),
+        ("infinitesimal steps", of(&|x, _| x * 1e-30), true),
+        (
+            "one pixel",
+            of(&|x, y| if x.hypot(y) < 1.0 { 60.0 } else { -60.0 }),
+            false,
+        ),
+        (
+            "line",
+            of(&|x, y| {
+                if x.abs() < 20.0 && y == 0.5 {
+                    60.0
+                } else {
+                    -60.0
+                }
+            }),
+            true,
+        ),
+        (
+            "soft line",
+            of(&|x, y| {
+                if x.abs() < 20.0 && y == 0.5 {
+                    1.0
+                } else {
+                    -60.0
+                }
+            }),
+            true,
+        ),
+        ("noise", noise.iter().map(|m| 8.0 * m - 4.0).collect(), true),
+        (
+            "saturated noise",
+            noise.iter().map(|m| 120.0 * m.round() - 60.0).collect(),
+            true,
+        ),
+        (
+            "huge",
+            noise.iter().map(|m| 1e30 * (m - 0.5)).collect(),
+            true,
+        ),
+    ];
+    for (name, logits, expected) in cases {
+        for feature in 0..4 {
+            let (features, measurable, gradient) =
+                features_of_logits::<f32>(SIZE, &logits, Some(feature));
+            assert_eq!(measurable, expected, "{name}");
+            assert!(
+                features.iter().all(|f| (-1.0..=1.0 + 1e-6).contains(f)),
+                "{name}: {features:?}"
+            );
+            let bounded = gradient.iter().all(|g| g.abs() <= 1e3);
+            assert!(bounded, "{} of {name}", ShapeFeatures::NAMES[feature]);
+            if !expected {
+                assert!(gradient.iter().all(|&g| g == 0.0), "{name}: below the gate");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_among_the_logits_reaches_losses_and_features() {
+    let shape = Shape::new(1, 9, 9, 1);
+    let (mut logits, truth) = blobs(shape);
+    logits[40] = f64::NAN;
+    let (values, gradient) = head::<f32>(fused, 3.0, shape, &logits, &truth);
+    for (k, value) in values.iter().enumerate() {
+        assert!(value[0].is_nan(), "output {k}");
+    }
+    assert!(gradient[40].is_nan());
+}
+
+/// Features of the letterboxed ground-truth masks of a published data set, with their file names
+/// and whether the lesion is malignant.
+fn measured(name: &str, folder: &str) -> Vec<(String, ShapeFeatures, bool)> {
+    let root = std::env::var("ECHOGRAD_DATA").expect("ECHOGRAD_DATA names the data sets' folder");
+    let source = data::open(&format!("{name}:{root}/{folder}")).expect("published data");
+    let lesions = source
+        .cases()
+        .iter()
+        .enumerate()
+        .filter(|(_, case)| case.label.is_lesion());
+    lesions
+        .map(|(i, case)| {
+            let mask = data::soft_mask(&*source, i, SIZE).expect("a mask");
+            let features = MaskSums::of(&mask, SIZE).features().expect("measurable");
+            (case.image.clone(), features, case.label == Label::Malignant)
+        })
+        .collect()
+}
+
+fn auc(scores: impl IntoIterator<Item = f64>, positive: &[bool]) -> f64 {
+    let cases: Vec<_> = scores.into_iter().zip(positive.iter().copied()).collect();
+    Auc::of(&cases).expect("both classes").value
+}
+
+fn assert_aucs(rows: &[ShapeFeatures], positive: &[bool], expected: [f64; 4]) {
+    for (k, expected) in expected.into_iter().enumerate() {
+        let found = auc(rows.iter().map(|row| row.to_array()[k]), positive);
+        let close = (found - expected).abs() <= 0.01;
+        assert!(
+            close,
+            "{}: {found}, expected {expected}",
+            ShapeFeatures::NAMES[k]
+        );
+    }
+}
+
+/// The radiologists' words for the lesions of BrEaST: whether the shape is irregular, and whether
+/// the margin is not circumscribed, by image.
+fn lexicon() -> HashMap<String, (bool, bool)> {
+    let root = std::env::var("ECHOGRAD_DATA").expect("ECHOGRAD_DATA names the data sets' folder");
+    let name = "BrEaST/BrEaST-Lesions-USG-clinical-data-Dec-15-2023.xlsx";
+    let mut book: Xlsx<_> =
+        calamine::open_workbook(Path::new(&root).join(name)).expect("a workbook");
+    let sheet = book
+        .worksheet_range_at(0)
+        .expect("a sheet")
+        .expect("a readable sheet");
+    let mut rows = sheet
+        .rows()
+        .map(|row| row.iter().map(ToString::to_string).collect::<Vec<_>>());
+    let header = rows.next().expect("a header");
+    let column = |name: &str| {
+        header
+            .iter()
+            .position(|cell| cell == name)
+            .expect("a column")
+    };
+    let [image, shape, margin] = ["Image_filename", "Shape", "Margin"].map(column);
+    rows.map(|row| {
+        let words = (row[shape] == "irregular", row[margin] != "circumscribed");
+        (row[image].clone(), words)
+    })
+    .collect()
+}
+
+/// The AUC of each feature alone, and the prior's fit, as measured when the features were chosen.
+#[test]
+#[cfg_attr(not(echograd_data), ignore = "set ECHOGRAD_DATA")]
+fn features_of_real_masks_tell_malignant_from_benign() {
+    let lexicon = lexicon();
+    let breast = measured("breast", "BrEaST");
+    let rows: Vec<_> = breast.iter().map(|row| row.1).collect();
+    let malignant: Vec<_> = breast.iter().map(|row| row.2).collect();
+    let (irregular, not_circumscribed): (Vec<_>, Vec<_>) =
+        breast.iter().map(|row| lexicon[&row.0]).unzip();
+    assert_eq!(rows.len(), 252);
+    assert_aucs(&rows, &malignant, [0.673, 0.687, 0.828, 0.658]);
+    assert_aucs(&rows, &irregular, [0.760, 0.697, 0.910, 0.611]);
+    assert_aucs(&rows, &not_circumscribed, [0.692, 0.730, 0.875, 0.669]);
+
+    let busi = measured("busi", "BUSI/Dataset_BUSI_with_GT");
+    let busi_rows: Vec<_> = busi.iter().map(|row| row.1).collect();
+    let busi_malignant: Vec<_> = busi.iter().map(|row| row.2).collect();
+    assert_eq!(busi_rows.len(), 647);
+    assert_aucs(&busi_rows, &busi_malignant, [0.811, 0.711, 0.992, 0.652]);
+
+    let fit = |options| Prior::fit(&rows, &malignant, options).expect("both classes");
+    let aucs = |prior: &Prior| {
+        let phi =
+            |rows: &[ShapeFeatures]| rows.iter().map(|row| prior.phi(row)).collect::<Vec<_>>();
+        [
+            auc(phi(&rows), &malignant),
+            auc(phi(&busi_rows), &busi_malignant),
+        ]
+    };
+    let close = |found: &[f64], expected: &[f64], tolerance: f64| {
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(
+                (found - expected).abs() <= tolerance,
+                "{found}, expected {expected}"
+            );
+        }
+    };
+    let prior = fit(FitOptions::default());
+    close(&prior.mean, &[0.1814, -0.3150, 0.0425, 0.8628], 1e-3);
+    close(&prior.sd, &[0.1141, 0.3031, 0.0454, 0.1245], 1e-3);
+    close(&prior.weights, &[0.0, 0.233, 1.265, 0.419], 0.01);
+    close(&[prior.bias], &[-0.486], 0.01);
+    close(&aucs(&prior), &[0.827, 0.957], 0.005);
+
+    let free = fit(FitOptions {
+        free_sign: true,
+        ..FitOptions::default()
+    });
+    close(&free.weights[..1], &[-0.63], 0.02);
+    close(&aucs(&free), &aucs(&prior), 0.005);
+    let equal = fit(FitOptions {
+        start: Start::Equal,
+        ..FitOptions::default()
+    });
+    close(&aucs(&equal), &[0.812, 0.941], 0.005);
 }

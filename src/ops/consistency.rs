@@ -153,3 +153,71 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         s.values(control::LEN, 0.1, 1.0),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Session;
+    use crate::tape::{Plan, Tape};
+
+    /// The term, and its gradients with respect to `p̂` and `φ` where there are any.
+    fn term(op: Consistency, images: &[[f64; 5]]) -> (f64, [Option<Vec<f64>>; 2]) {
+        let mut tape = Tape::new();
+        let shape = Shape::per_image(images.len(), 1);
+        let mut inputs: Vec<_> = (0..5).map(|_| tape.input("image", shape)).collect();
+        inputs.push(tape.input("control", Shape::per_channel(control::LEN)));
+        let term = tape.push(op, &inputs).unwrap();
+        let gradients = tape.backward(term, &inputs[..2]).unwrap();
+        tape.keep(term);
+        gradients.iter().flatten().for_each(|&g| tape.keep(g));
+        let mut session =
+            Session::<f64>::new(Plan::new(&tape, Default::default()).unwrap()).unwrap();
+        for (k, &input) in inputs[..5].iter().enumerate() {
+            session.write(
+                input,
+                &images.iter().map(|image| image[k]).collect::<Vec<_>>(),
+            );
+        }
+        session.values_mut(inputs[5])[control::RAMP] = 0.8;
+        session.run();
+        let gradient = |i: usize| gradients[i].map(|g: crate::tape::Var| session.read(g).to_vec());
+        (session.read(term)[0], [gradient(0), gradient(1)])
+    }
+
+    /// `p̂`, `φ`, measurable, confidence, weight: the last two are not measurable and padding.
+    const IMAGES: [[f64; 5]; 4] = [
+        [0.9, 0.2, 1.0, 0.5, 1.0],
+        [0.1, 0.4, 1.0, 0.5, 2.0],
+        [0.5, 0.9, 0.0, 0.5, 1.0],
+        [0.5, 0.9, 1.0, 0.5, 0.0],
+    ];
+
+    #[test]
+    fn only_measurable_images_of_positive_weight_count() {
+        let (value, [dp, dphi]) = term(Consistency::default(), &IMAGES);
+        let expected = 0.8 * 0.5 * (0.7f64.powi(2) + 2.0 * 0.3f64.powi(2)) / 2.0;
+        assert!((value - expected).abs() < 1e-15);
+        let (dp, dphi) = (dp.unwrap(), dphi.unwrap());
+        assert!((dp[0] - 0.8 * 0.5 * 0.7).abs() < 1e-15);
+        assert!((dp[1] + 0.8 * 0.5 * 2.0 * 0.3).abs() < 1e-15);
+        assert_eq!(dp[2..], [0.0, 0.0]);
+        assert!(dp.iter().zip(&dphi).all(|(p, phi)| *p == -phi));
+
+        let (value, [dp, _]) = term(Consistency::default(), &IMAGES[2..]);
+        assert_eq!((value, dp), (0.0, Some(vec![0.0, 0.0])));
+    }
+
+    #[test]
+    fn either_side_can_be_held_still() {
+        let stop_p = Consistency {
+            stop_p: true,
+            stop_phi: false,
+        };
+        let stop_phi = Consistency {
+            stop_p: false,
+            stop_phi: true,
+        };
+        assert!(matches!(term(stop_p, &IMAGES).1, [None, Some(_)]));
+        assert!(matches!(term(stop_phi, &IMAGES).1, [Some(_), None]));
+    }
+}

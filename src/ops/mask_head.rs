@@ -323,7 +323,9 @@ fn split<const N: usize, T>(rows: &mut [T], width: usize) -> [&mut [T]; N] {
 /// `frame` of the padded frame: `m₋ + 2m + m₊` and `m₊ − m₋`.
 #[inline(always)]
 fn halves<L: Lanes>(mask: &[L::Elem], frame: usize) -> (L, L) {
-    let [left, here, right] = [2, 1, 0].map(|shift| L::load(&mask[PAD + frame - shift..]));
+    let left = L::load(&mask[PAD + frame - 2..]);
+    let here = L::load(&mask[PAD + frame - 1..]);
+    let right = L::load(&mask[PAD + frame..]);
     let two = L::splat(L::Elem::of(2.0));
     (here.mul_add(two, left + right), right - left)
 }
@@ -459,7 +461,8 @@ impl<T: Real> simd::Kernel<T> for Forward<'_, T> {
                 s.store(&mut smooth[2][frame..]);
                 d.store(&mut difference[2][frame..]);
                 if complete {
-                    let [above, here] = [0, 1].map(|row| L::load(&difference[row][frame..]));
+                    let above = L::load(&difference[0][frame..]);
+                    let here = L::load(&difference[1][frame..]);
                     let gx = here.mul_add(constant(2.0), above + d);
                     let gy = s - L::load(&smooth[0][frame..]);
                     let length = gx.mul_add(gx, gy.mul_add(gy, softening * softening)).sqrt();
@@ -588,10 +591,13 @@ impl<T: Real> simd::Kernel<T> for Gradient<'_, T> {
                     let below = from_centre - cy;
                     let m = c.moments;
                     let level = m.area + m.x * cx + m.y * from_centre + m.yy * below * below;
-                    let [level, slope, curvature, energy] =
-                        [level, m.x + m.xy * below, m.xx, 2.0 * m.energy].map(constant);
-                    let [entropy, overlap, predicted] =
-                        [c.cross_entropy, c.overlap, c.predicted].map(constant);
+                    let level = constant(level);
+                    let slope = constant(m.x + m.xy * below);
+                    let curvature = constant(m.xx);
+                    let energy = constant(2.0 * m.energy);
+                    let entropy = constant(c.cross_entropy);
+                    let overlap = constant(c.overlap);
+                    let predicted = constant(c.predicted);
                     let sharpness = constant(self.sharpness);
                     let perimeter = constant(-c.perimeter / 8.0);
                     for x in (0..width).step_by(L::N) {
@@ -638,7 +644,8 @@ impl<T: Real> simd::Kernel<T> for Gradient<'_, T> {
                 s.store(&mut smooth[2][frame..]);
                 d.store(&mut difference[2][frame..]);
                 if normals {
-                    let [above, here] = [0, 1].map(|row| L::load(&difference[row][frame..]));
+                    let above = L::load(&difference[0][frame..]);
+                    let here = L::load(&difference[1][frame..]);
                     let gx = here.mul_add(constant(2.0), above + d);
                     let gy = s - L::load(&smooth[0][frame..]);
                     let length = gx.mul_add(gx, gy.mul_add(gy, softening * softening)).sqrt();
@@ -652,12 +659,15 @@ impl<T: Real> simd::Kernel<T> for Gradient<'_, T> {
                 let dz = &mut self.dlogits[above * width..][..width];
                 for x in (0..width).step_by(L::N) {
                     let across_here = L::load(&u[x + 2..]) - L::load(&u[x..]);
-                    let [left, here, right] = [0, 1, 2].map(|shift| L::load(&v[x + shift..]));
+                    let left = L::load(&v[x..]);
+                    let here = L::load(&v[x + 1..]);
+                    let right = L::load(&v[x + 2..]);
                     let along_here = here.mul_add(constant(2.0), left + right);
                     across_here.store(&mut across[2][x..]);
                     along_here.store(&mut along[2][x..]);
                     if finish {
-                        let [first, second] = [0, 1].map(|row| L::load(&across[row][x..]));
+                        let first = L::load(&across[0][x..]);
+                        let second = L::load(&across[1][x..]);
                         let divergence = second.mul_add(constant(2.0), first + across_here)
                             + (along_here - L::load(&along[0][x..]));
                         let d =
