@@ -1,0 +1,152 @@
+//! A whole training step of the U-Net: forward, loss of the multi-task arm, backward, clipping, AdamW.
+//!
+//! `cargo bench --bench unet_step` runs criterion on the `unet` preset. `-- --table SIZE BATCH WIDTHS...`
+//! prints where the time of one step goes, by operation. `benches/peers/unet_step.py` compares with
+//! PyTorch: it starts this program with `--serve` and asks for steps between its own, so that both see
+//! the same state of a shared machine.
+
+use std::collections::BTreeMap;
+use std::io::BufRead;
+use std::time::{Duration, Instant};
+
+use criterion::Criterion;
+use echograd::device::cpu::Session;
+use echograd::tape::Var;
+use echograd::train::config::{Arm, Config, Preset};
+use echograd::train::step::TrainingStep;
+
+/// A step with a batch in place: discs over noise.
+fn step(size: usize, batch: usize, widths: &[usize]) -> Session<f32> {
+    let mut config = Config::preset(Preset::Unet);
+    config.arm = Arm::Multitask;
+    config.size = size;
+    config.batch = batch;
+    config.model.widths = widths.to_vec();
+    config.optimizer.ema = 0.0;
+    config.validate().expect("a valid configuration");
+    let step = TrainingStep::record(&config, false).expect("a valid step");
+    let mut session = step.session(0, None).expect("enough memory");
+    let noise = |i: usize| (i.wrapping_mul(2_654_435_761) % 1009) as f32 / 1009.0;
+    let centre = |i: usize| {
+        (i % size).abs_diff(size / 2).pow(2) + (i / size % size).abs_diff(size / 2).pow(2)
+    };
+    let disc = |i: usize| f32::from(u8::from(centre(i) < (size / 4).pow(2)));
+    fill(&mut session, step.images, noise);
+    fill(&mut session, step.targets.masks, disc);
+    fill(&mut session, step.targets.labels, |i| (i % 2) as f32);
+    fill(&mut session, step.targets.weights, |_| 1.0);
+    fill(&mut session, step.targets.class_weights, |_| 1.0);
+    session.write(step.targets.control, &[1.0, 1e-3, 1.0, 0.0]);
+    session
+}
+
+fn fill(session: &mut Session<f32>, var: Var, f: impl Fn(usize) -> f32) {
+    let values = session.values_mut(var).iter_mut().enumerate();
+    values.for_each(|(i, v)| *v = f(i));
+}
+
+/// Milliseconds, calls, GFLOP/s and GB/s of each operation; the least of five replays for each step.
+fn table(size: usize, batch: usize, widths: &[usize]) {
+    let mut session = step(size, batch, widths);
+    println!(
+        "{}",
+        session
+            .plan()
+            .to_string()
+            .lines()
+            .last()
+            .unwrap_or_default()
+    );
+    session.run();
+    let mut least = vec![Duration::MAX; session.plan().steps().len()];
+    for _ in 0..5 {
+        let mut start = Instant::now();
+        session.run_observed(|i| {
+            least[i] = least[i].min(start.elapsed());
+            start = Instant::now();
+        });
+    }
+    let mut sums: BTreeMap<&str, (Duration, usize, u64, u64)> = BTreeMap::new();
+    for (step, &time) in session.plan().steps().iter().zip(&least) {
+        let sum = sums.entry(step.op.name()).or_default();
+        sum.0 += time;
+        sum.1 += 1;
+        sum.2 += step.cost.flops;
+        sum.3 += step.cost.elements;
+    }
+    let mut sums: Vec<_> = sums.into_iter().collect();
+    sums.sort_by_key(|(_, sum)| std::cmp::Reverse(sum.0));
+    let total: Duration = least.iter().sum();
+    println!(
+        "{:<28} {:>5} {:>10} {:>6} {:>9} {:>7}",
+        "operation", "calls", "ms", "%", "GFLOP/s", "GB/s"
+    );
+    for (name, (time, calls, flops, elements)) in sums {
+        let seconds = time.as_secs_f64();
+        println!(
+            "{name:<28} {calls:>5} {:>10.2} {:>6.1} {:>9.1} {:>7.1}",
+            seconds * 1e3,
+            100.0 * seconds / total.as_secs_f64(),
+            flops as f64 / seconds / 1e9,
+            4.0 * elements as f64 / seconds / 1e9,
+        );
+    }
+    println!(
+        "{:<28} {:>5} {:>10.2}",
+        "all",
+        least.len(),
+        total.as_secs_f64() * 1e3
+    );
+}
+
+/// Builds the step that the first line describes (`size batch widths...`), then answers every further
+/// line, a number of repeats, with the least milliseconds of that many steps.
+fn serve() {
+    let numbers = |line: std::io::Result<String>| -> Vec<usize> {
+        let line = line.expect("standard input");
+        line.split_whitespace()
+            .map(|w| w.parse().expect("a number"))
+            .collect()
+    };
+    let mut lines = std::io::stdin().lock().lines().map(numbers);
+    let shape = lines.next().unwrap_or_default();
+    let [size, batch, ref widths @ ..] = shape[..] else {
+        panic!("expected size, batch and widths, found {shape:?}");
+    };
+    let mut session = step(size, batch, widths);
+    session.run();
+    println!("ready");
+    for line in lines {
+        let time = |_| {
+            let start = Instant::now();
+            session.run();
+            start.elapsed()
+        };
+        let least = (0..line[0]).map(time).min().unwrap_or_default();
+        println!("{:.3}", least.as_secs_f64() * 1e3);
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if arguments.iter().any(|a| a == "--serve") {
+        serve();
+    } else if let Some(at) = arguments.iter().position(|a| a == "--table") {
+        let numbers: Vec<usize> = arguments[at + 1..]
+            .iter()
+            .filter_map(|a| a.parse().ok())
+            .collect();
+        match numbers[..] {
+            [] => table(128, 16, &[16, 32, 64, 128, 256]),
+            [size, batch, ref widths @ ..] => table(size, batch, widths),
+            _ => panic!("expected size, batch and widths"),
+        }
+    } else {
+        let mut criterion = Criterion::default().configure_from_args().sample_size(10);
+        let mut session = step(128, 16, &[16, 32, 64, 128, 256]);
+        criterion.bench_function("U-Net 16–256, 128², batch 16, step", |b| {
+            b.iter(|| session.run())
+        });
+        criterion.final_summary();
+    }
+}
