@@ -7,12 +7,12 @@ use std::sync::atomic::AtomicBool;
 use rayon::prelude::*;
 
 use super::progress::Console;
-use crate::data::image::write_atomically;
+use crate::data::image::{self, write_atomically};
 use crate::data::phantom::{self, Site};
-use crate::data::{self, Source};
+use crate::data::{self, Label, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage};
-use crate::report::{Page, Series, curves};
+use crate::report::{PREDICTION, Page, Series, TRUTH, curves, overlay};
 use crate::train::Report as _;
 use crate::train::config::Arm;
 use crate::train::evaluate::{EvaluateArgs, evaluate};
@@ -288,42 +288,49 @@ impl Demo<'_> {
         Ok(Row { name, cells })
     }
 
-    /// Overlays of the consistency run on the first images of every unseen site.
+    /// The first lesions of every unseen site with their true outline and that of the consistency run.
     fn gallery(&self) -> Result<Vec<(Vec<u8>, String)>> {
         let run = self.run_folder(Arm::Consistency);
         let mut images = Vec::new();
         for site in TARGETS {
-            let (benign, malignant) = (SHOWN / 2, SHOWN - SHOWN / 2);
-            let file = |label: &str, n: usize| {
-                self.folder(site)
-                    .join(label)
-                    .join(format!("{label} ({n}).png"))
-            };
-            let files: Vec<PathBuf> = (1..=benign)
-                .map(|n| file("benign", n))
-                .chain((1..=malignant).map(|n| file("malignant", n)))
-                .filter(|path| path.is_file())
+            let source = data::open(&self.spec(site))?;
+            let cases = source.cases();
+            let of = |label: Label| (0..cases.len()).filter(move |&i| cases[i].label == label);
+            let shown: Vec<usize> = of(Label::Benign)
+                .take(SHOWN / 2)
+                .chain(of(Label::Malignant).take(SHOWN / 2))
                 .collect();
+            let file = |&i: &usize| {
+                self.folder(site)
+                    .join(cases[i].label.as_str())
+                    .join(&cases[i].image)
+            };
+            let files: Vec<PathBuf> = shown.iter().map(file).collect();
             let out = self.out.join("overlays").join(site.to_string());
             let args = PredictArgs {
                 run: &run,
                 files: &files,
                 out: &out,
             };
-            for (path, p) in files
-                .iter()
-                .zip(predict(&args, self.console, self.interrupt)?)
-            {
-                let Some(overlay) = p.overlay else { continue };
-                let overlay = out.join(overlay);
-                let png = std::fs::read(&overlay)
-                    .map_err(|e| Error::caused(&overlay, format!("cannot be read: {e}"), e))?;
+            let predictions = predict(&args, self.console, self.interrupt)?;
+            for (&i, prediction) in shown.iter().zip(predictions) {
+                let Some(name) = &prediction.mask else {
+                    continue;
+                };
+                let predicted = Mask::from(&image::read_mask(&out.join(name))?);
+                let truth = Mask::from(&source.mask(i)?);
+                let picture = source.image(i)?;
+                let rgb = overlay(&picture, &[(&truth, TRUTH), (&predicted, PREDICTION)]);
+                let png = image::png_rgb_bytes(picture.width, picture.height, &rgb);
+                let mut row = PerImage::new(source.name(), &cases[i].image, None, cases[i].label);
+                row.compare(&predicted, &truth, None)?;
                 let figure = |v: Option<f64>| v.map_or("–".into(), |v| format!("{v:.2}"));
-                let name = path.file_stem().unwrap_or_default().to_string_lossy();
                 let caption = format!(
-                    "site {site}, {name}: p {}, φ {}",
-                    figure(p.p),
-                    figure(p.phi)
+                    "site {site}, {}: Dice {}, p {}, φ {}",
+                    cases[i].id(),
+                    figure(row.dice),
+                    figure(prediction.p),
+                    figure(prediction.phi)
                 );
                 images.push((png, caption));
             }
@@ -393,8 +400,8 @@ impl Demo<'_> {
         }
         page.section("What was drawn");
         page.paragraph(
-            "The consistency run on the first images of each unseen site. p is the probability of malignancy, φ what \
-             the outline's shape alone suggests.",
+            "The consistency run on the first lesions of each unseen site: its outline in yellow, the true one in blue. \
+             p is the probability of malignancy, φ what the outline's shape alone suggests.",
         );
         page.gallery(gallery);
         Ok(page.finish())

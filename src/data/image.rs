@@ -209,7 +209,15 @@ pub fn write_png(path: &Path, image: &Gray) -> Result<()> {
 /// # Panics
 /// If `rgb` does not hold `width · height · 3` bytes.
 pub fn write_png_rgb(path: &Path, width: usize, height: usize, rgb: &[u8]) -> Result<()> {
-    write_atomically(path, &encode(rgb, width, height, ExtendedColorType::Rgb8))
+    write_atomically(path, &png_rgb_bytes(width, height, rgb))
+}
+
+/// The bytes of an RGB PNG from `height × width × 3` bytes.
+///
+/// # Panics
+/// If `rgb` does not hold `width · height · 3` bytes.
+pub fn png_rgb_bytes(width: usize, height: usize, rgb: &[u8]) -> Vec<u8> {
+    encode(rgb, width, height, ExtendedColorType::Rgb8)
 }
 
 /// The bytes of a grey PNG, packed as small as the encoder can.

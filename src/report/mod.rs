@@ -7,7 +7,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use plotters::prelude::*;
 
+use crate::data::image::Gray;
 use crate::error::{Error, Result};
+use crate::metrics::Mask;
 
 /// Readable on a phone, on paper, in the light and in the dark.
 const STYLE: &str = "
@@ -22,7 +24,7 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
 p { max-width: 44rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+.caption { color: var(--soft); margin: 1rem 0 .2rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; }
@@ -76,7 +78,7 @@ impl Page {
             .map(|r| row(r.iter().map(|c| escape(c)).collect(), "td"))
             .collect();
         self.push(&format!(
-            "<div class=\"scroll\"><table><caption>{}</caption><thead>{head}</thead><tbody>{}</tbody></table></div>",
+            "<p class=\"caption\">{}</p><div class=\"scroll\"><table><thead>{head}</thead><tbody>{}</tbody></table></div>",
             escape(caption),
             rows.join("\n")
         ))
@@ -199,9 +201,16 @@ pub fn curves(x_label: &str, y_label: &str, series: &[Series]) -> Result<String>
                         PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3))
                     });
             }
+            // The legend goes where the lines do not end.
+            let ends = || series.iter().filter_map(|s| s.points.last()).map(|p| p.1);
+            let high = ends().sum::<f64>() > ends().count() as f64 * (y0 + y1) / 2.0;
+            let corner = match high {
+                true => SeriesLabelPosition::LowerRight,
+                false => SeriesLabelPosition::UpperRight,
+            };
             chart
                 .configure_series_labels()
-                .position(SeriesLabelPosition::LowerRight)
+                .position(corner)
                 .background_style(WHITE.mix(0.85))
                 .border_style(BLACK.mix(0.2))
                 .label_font(("sans-serif", 15))
@@ -212,6 +221,37 @@ pub fn curves(x_label: &str, y_label: &str, series: &[Series]) -> Result<String>
         draw().map_err(|e| failed(e.to_string()))?;
     }
     Ok(svg)
+}
+
+/// Colour of a predicted outline.
+pub const PREDICTION: [u8; 3] = [255, 221, 0];
+/// Colour of a true outline.
+pub const TRUTH: [u8; 3] = [64, 200, 255];
+
+/// The image with outlines of masks of its size drawn over it, later ones on top, as
+/// `height × width × 3` bytes. Lines grow with the image, a pixel for every 800 of its longer side, so
+/// that they stay visible where it is shown.
+pub fn overlay(image: &Gray, outlines: &[(&Mask, [u8; 3])]) -> Vec<u8> {
+    let (width, height) = (image.width, image.height);
+    let reach = width.max(height).div_ceil(800);
+    let mut rgb: Vec<u8> = image.pixels.iter().flat_map(|&v| [v; 3]).collect();
+    for (mask, colour) in outlines {
+        let surface = mask.surface();
+        for (i, _) in surface
+            .pixels()
+            .iter()
+            .enumerate()
+            .filter(|(_, line)| **line)
+        {
+            let (x, y) = (i % width, i / width);
+            for y in y..height.min(y + reach) {
+                for x in x..width.min(x + reach) {
+                    rgb[3 * (y * width + x)..][..3].copy_from_slice(colour);
+                }
+            }
+        }
+    }
+    rgb
 }
 
 #[cfg(test)]

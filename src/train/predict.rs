@@ -11,6 +11,7 @@ use super::{Model, Report};
 use crate::data::image::{self, Gray};
 use crate::data::letterbox::{Letterbox, quantise};
 use crate::error::{Error, Result};
+use crate::report::{PREDICTION, overlay};
 
 /// What to predict.
 #[derive(Clone, Copy, Debug)]
@@ -99,7 +100,7 @@ pub fn predict(
             image::write_png(&args.out.join(&name), &gray)?;
             prediction.mask = Some(name);
             let name = format!("{}_overlay.png", stems[i]);
-            let rgb = overlay(&image, mask.surface().pixels());
+            let rgb = overlay(&image, &[(&mask, PREDICTION)]);
             image::write_png_rgb(&args.out.join(&name), width, height, &rgb)?;
             prediction.overlay = Some(name);
             prediction.area_px = Some(mask.area());
@@ -139,22 +140,4 @@ fn stems(files: &[PathBuf]) -> Result<Vec<String>> {
         stems.push(stem);
     }
     Ok(stems)
-}
-
-/// The image with the outline in yellow, as `height × width × 3` bytes. Lines grow with the image, a
-/// pixel for every 400 of its longer side, so that they stay visible where it is shown.
-fn overlay(image: &Gray, outline: &[bool]) -> Vec<u8> {
-    const YELLOW: [u8; 3] = [255, 221, 0];
-    let (width, height) = (image.width, image.height);
-    let reach = width.max(height).div_ceil(800);
-    let mut rgb: Vec<u8> = image.pixels.iter().flat_map(|&v| [v; 3]).collect();
-    for (i, _) in outline.iter().enumerate().filter(|(_, line)| **line) {
-        let (x, y) = (i % width, i / width);
-        for y in y..height.min(y + reach) {
-            for x in x..width.min(x + reach) {
-                rgb[3 * (y * width + x)..][..3].copy_from_slice(&YELLOW);
-            }
-        }
-    }
-    rgb
 }
