@@ -240,11 +240,22 @@ fn encode(pixels: &[u8], width: usize, height: usize, color: ExtendedColorType) 
 }
 
 /// Writes `bytes` to a temporary file beside `path`, syncs it and renames it into place, so that
-/// `path` holds either its old content or all of the new.
+/// `path` holds either its old content or all of the new. Links are followed; what is no file, such as
+/// `/dev/stdout` or a named pipe, is written to as it is.
 ///
 /// # Errors
 /// [`Error::File`] if the folder is missing or not writable, or the disk is full.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let unwritable = |e| Error::caused(path, "cannot be written", e);
+    let found = fs::canonicalize(path);
+    let path = found.as_deref().unwrap_or(path);
+    if fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .open(path)
+            .map_err(unwritable)?;
+        return file.write_all(bytes).map_err(unwritable);
+    }
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -266,5 +277,5 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         fs::File::open(folder)?.sync_all()?;
         Ok(())
     };
-    write().map_err(|e| Error::caused(path, "cannot be written", e))
+    write().map_err(unwritable)
 }
