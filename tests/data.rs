@@ -1,8 +1,10 @@
 //! Readers on small generated data sets with the traps of the real ones, and on the real ones where
 //! `ECHOGRAD_DATA` names their folder.
 
+mod support;
+
 use std::fs;
-use std::io::{Cursor, Write};
+
 use std::path::Path;
 
 use ::image::{DynamicImage, GrayImage, Luma, Rgb, RgbImage, Rgba, RgbaImage};
@@ -10,9 +12,10 @@ use echograd::data::image::{self, Gray, write_png, write_png_rgb};
 use echograd::data::letterbox::{Letterbox, quantise};
 use echograd::data::split::{fold, folds};
 use echograd::data::{self, Case, Label, Source, pack};
+use support::xlsx;
 use tempfile::TempDir;
 
-const NOTHING: &(dyn Fn() + Sync) = &|| ();
+const NOTHING: echograd::data::Next = &|| Ok(());
 
 fn open(name: &str, root: &Path) -> echograd::Result<Box<dyn Source>> {
     data::open(&format!("{name}:{}", root.display()))
@@ -69,60 +72,6 @@ fn mask(spots: &[(u32, u32)]) -> GrayImage {
 fn spots(mask: &Gray) -> Vec<(usize, usize)> {
     let lit = mask.pixels.iter().enumerate().filter(|(_, v)| **v == 255);
     lit.map(|(i, _)| (i % mask.width, i / mask.width)).collect()
-}
-
-/// A workbook of one sheet of text cells.
-fn xlsx(rows: &[&[&str]]) -> Vec<u8> {
-    let cells = |row: &[&str]| -> String {
-        let cell = |text: &&str| format!(r#"<c t="inlineStr"><is><t>{text}</t></is></c>"#);
-        row.iter().map(cell).collect()
-    };
-    let rows: String = rows
-        .iter()
-        .map(|r| format!("<row>{}</row>", cells(r)))
-        .collect();
-    let main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main";
-    let office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships";
-    let package = "http://schemas.openxmlformats.org/package/2006/relationships";
-    let types = "http://schemas.openxmlformats.org/package/2006/content-types";
-    let parts = [
-        (
-            "[Content_Types].xml",
-            format!(
-                r#"<Types xmlns="{types}"><Default Extension="xml" ContentType="application/xml"/></Types>"#
-            ),
-        ),
-        (
-            "_rels/.rels",
-            format!(
-                r#"<Relationships xmlns="{package}"><Relationship Id="r1" Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>"#
-            ),
-        ),
-        (
-            "xl/workbook.xml",
-            format!(
-                r#"<workbook xmlns="{main}" xmlns:r="{office}"><sheets><sheet name="s" sheetId="1" r:id="r1"/></sheets></workbook>"#
-            ),
-        ),
-        (
-            "xl/_rels/workbook.xml.rels",
-            format!(
-                r#"<Relationships xmlns="{package}"><Relationship Id="r1" Type="{office}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>"#
-            ),
-        ),
-        (
-            "xl/worksheets/sheet1.xml",
-            format!(r#"<worksheet xmlns="{main}"><sheetData>{rows}</sheetData></worksheet>"#),
-        ),
-    ];
-    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
-    for (name, text) in parts {
-        let stored = zip::write::SimpleFileOptions::default()
-            .compression_method(zip::CompressionMethod::Stored);
-        zip.start_file(name, stored).unwrap();
-        zip.write_all(text.as_bytes()).unwrap();
-    }
-    zip.finish().unwrap().into_inner()
 }
 
 // ---- images ---------------------------------------------------------------------------------
@@ -742,6 +691,12 @@ fn uclm_reads_colours_and_leaves_out_what_was_cropped() {
     assert_says(&cropped.reason, &["expected 9×6", "found 12×8"]);
     assert_eq!(contradicted.file, "OSCU_000.png");
     assert_says(&contradicted.reason, &["malignant", "green"]);
+    // Their masks are shapes all the same, at their own size.
+    let (label, own) = source.dropped_mask(0).unwrap().unwrap();
+    assert_eq!((label, own.width, own.height), (Label::Benign, 12, 8));
+    assert_eq!(spots(&own), [(4, 2)]);
+    assert!(source.dropped_mask(1).unwrap().is_some());
+    assert!(source.dropped_mask(2).unwrap().is_none());
 }
 
 #[test]

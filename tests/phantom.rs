@@ -208,6 +208,7 @@ fn a_written_series_is_read_back_as_busi_and_does_not_depend_on_threads() {
         let calls = std::sync::atomic::AtomicUsize::new(0);
         let done = |_| {
             calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Ok(())
         };
         let path = folder.path().join(name);
         let counts = pool
@@ -245,7 +246,7 @@ fn a_written_series_is_read_back_as_busi_and_does_not_depend_on_threads() {
 fn nothing_is_overwritten() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("notes.txt"), "mine").unwrap();
-    let error = write(Site::A, 1, 0, folder.path(), &|_| {})
+    let error = write(Site::A, 1, 0, folder.path(), &|_| Ok(()))
         .unwrap_err()
         .to_string();
     assert!(
@@ -255,5 +256,17 @@ fn nothing_is_overwritten() {
     let entries = std::fs::read_dir(folder.path()).unwrap().count();
     assert_eq!(entries, 1);
     let file = folder.path().join("notes.txt");
-    assert!(write(Site::A, 1, 0, &file, &|_| {}).is_err());
+    assert!(write(Site::A, 1, 0, &file, &|_| Ok(())).is_err());
+}
+
+#[test]
+fn a_series_that_is_stopped_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let stop = |n| match n {
+        3 => Err(echograd::Error::Interrupted),
+        _ => Ok(()),
+    };
+    let result = write(Site::A, 10, 0, folder.path(), &stop);
+    assert!(matches!(result, Err(echograd::Error::Interrupted)));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

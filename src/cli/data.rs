@@ -15,18 +15,18 @@ pub fn open(spec: &str) -> Result<Box<dyn Source>> {
         let n = cases.iter().filter(|case| case.label == label).count();
         format!("{n} {label}")
     });
-    eprintln!(
+    note!(
         "{}: {} images ({})",
         source.name(),
         cases.len(),
         counts.join(", ")
     );
     for drop in source.drops() {
-        eprintln!("{}: left out {}: {}", source.name(), drop.file, drop.reason);
+        note!("{}: left out {}: {}", source.name(), drop.file, drop.reason);
     }
     for group in data::duplicates(cases) {
         let names: Vec<&str> = group.iter().map(|&i| cases[i].image.as_str()).collect();
-        eprintln!("{}: exact duplicates: {}", source.name(), names.join(", "));
+        note!("{}: exact duplicates: {}", source.name(), names.join(", "));
     }
     Ok(source)
 }

@@ -13,11 +13,11 @@ use crate::data::{self, Label, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage};
 use crate::report::{PREDICTION, Page, Series, TRUTH, curves, overlay};
-use crate::train::Report as _;
 use crate::train::config::Arm;
 use crate::train::evaluate::{EvaluateArgs, evaluate};
 use crate::train::predict::{PredictArgs, predict};
 use crate::train::run::{METRICS, TrainArgs, train};
+use crate::train::{Report as _, stop};
 
 /// The hospital that trains.
 const SOURCE: Site = Site::A;
@@ -28,7 +28,7 @@ const ARMS: [Arm; 2] = [Arm::Multitask, Arm::Consistency];
 /// Images of each unseen hospital that the page shows.
 const SHOWN: usize = 4;
 
-/// Train with and without consistency on synthetic ultrasound of one hospital, test on three others
+/// Train with and without consistency on phantoms of one hospital, test on three others
 ///
 /// Makes phantoms of sites A to D, trains on A, tests on B, C and D, and writes the data, both runs with their checkpoints,
 /// metrics, overlays and a page, DIR/index.html. The phantoms are no patients: the figures show that the machinery works, not how
@@ -84,19 +84,19 @@ impl Args {
         };
         let rows = demo.run()?;
         drop(console);
-        println!(
+        outln!(
             "mean Dice (AUC of p) on the held-out part of site {SOURCE} and on the unseen sites"
         );
-        println!("{:<28} {}", "", heads(&rows).join(" "));
+        outln!("{:<18} {}", "", heads(&rows).join(" "));
         for row in &rows {
             let cells: Vec<String> = row
                 .cells
                 .iter()
                 .map(|c| format!("{:>14}", c.text()))
                 .collect();
-            println!("{:<28} {}", row.name, cells.join(" "));
+            outln!("{:<18} {}", row.name, cells.join(" "));
         }
-        println!("page: {}", self.out.join("index.html").display());
+        outln!("page: {}", self.out.join("index.html").display());
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -167,8 +167,7 @@ impl Demo<'_> {
 
     /// What is there already is somebody's work.
     fn claim_folder(&self) -> Result<()> {
-        let problem =
-            |e: std::io::Error| Error::caused(self.out, format!("cannot be used: {e}"), e);
+        let problem = |e: std::io::Error| Error::caused(self.out, "cannot be used", e);
         std::fs::create_dir_all(self.out).map_err(problem)?;
         if std::fs::read_dir(self.out)
             .map_err(problem)?
@@ -202,7 +201,10 @@ impl Demo<'_> {
                 self.extent.test
             };
             let what = format!("phantoms of site {site}");
-            let done = |n: usize| self.console.progress(&what, n as u64, count as u64, "");
+            let done = |n: usize| {
+                self.console.progress(&what, n as u64, count as u64, "");
+                stop(self.interrupt)
+            };
             phantom::write(site, count, self.seed, &self.folder(site), &done)?;
             self.console.line(&format!("site {site}: {count} phantoms"));
         }
@@ -229,7 +231,10 @@ impl Demo<'_> {
                 .map_or(0.0, |s| s.dice.mean))
         };
         let mut best = (0.0, 0.5);
-        for share in (1..20).map(|k| k as f32 * 0.05) {
+        for k in 1..20 {
+            let share = k as f32 * 0.05;
+            self.console.progress("trivial baseline", k, 20, "");
+            stop(self.interrupt)?;
             let dice = dice(share)?;
             if dice > best.0 {
                 best = (dice, share);

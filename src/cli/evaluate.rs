@@ -51,9 +51,12 @@ impl Args {
         let name = &evaluated.rows[0].dataset;
         if self.json {
             let metrics = BTreeMap::from([(name, &evaluated.metrics)]);
-            println!("{}", serde_json::to_string_pretty(&metrics)?);
+            super::print_json(&metrics)?;
         } else {
-            print!("{}", metrics_table(&[(name.as_str(), &evaluated.metrics)]));
+            super::print(format_args!(
+                "{}",
+                metrics_table(&[(name.as_str(), &evaluated.metrics)])
+            ))?;
         }
         Ok(ExitCode::SUCCESS)
     }

@@ -15,12 +15,13 @@ use crate::error::Result;
 use crate::features::{MaskSums, ShapeFeatures};
 use crate::metrics;
 use crate::metrics::classification::Auc;
-use crate::train::Report as _;
+use crate::train::{Report as _, stop};
 
 /// Measure the four BI-RADS-like shape features of ground-truth masks
 ///
 /// Each mask is letterboxed (centred, zero padding) with antialiased bilinear resampling and kept soft. Area and perimeter are
 /// in pixels of the letterboxed mask. A mask of less than 32 px has no measurable lesion: its features are left empty.
+/// No image is left out: a mask that does not fit its image, unfit for training, is measured at its own size.
 /// Prints how well each feature alone tells malignant from benign (AUC with its DeLong 95% interval).
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -106,7 +107,7 @@ impl Args {
     /// Runs the command.
     ///
     /// # Errors
-    /// If the data cannot be read or the table cannot be written.
+    /// If the data cannot be read or the table cannot be written, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let rows = match &self.input.data {
             Some(spec) => rows_of_data(spec, self.size.into())?,
@@ -121,9 +122,9 @@ impl Args {
                 rows: &rows,
                 auc: &aucs,
             };
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            super::print_json(&report)?;
         } else if self.input.data.is_some() {
-            println!("{:<14} {:>5} {:>8}   95% interval", "feature", "n", "AUC");
+            outln!("{:<14} {:>5} {:>8}   95% interval", "feature", "n", "AUC");
             for Discrimination { feature, n, auc } in &aucs {
                 let figures = match auc {
                     Some(Auc {
@@ -136,17 +137,18 @@ impl Args {
                     Some(Auc { value, .. }) => format!("{value:>8.3}   –"),
                     None => "       –   both classes are needed".to_owned(),
                 };
-                println!("{feature:<14} {n:>5} {figures}");
+                outln!("{feature:<14} {n:>5} {figures}");
             }
         } else {
-            print_rows(&rows);
+            print_rows(&rows)?;
         }
-        eprintln!("{} rows in {}", rows.len(), self.csv.display());
+        note!("{} rows in {}", rows.len(), self.csv.display());
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn rows_of_data(spec: &str, size: usize) -> Result<Vec<Row>> {
+fn rows_of_data(spec: &str, size: usize) -> anyhow::Result<Vec<Row>> {
+    let interrupt = super::interrupt()?;
     let source = super::data::open(spec)?;
     let cases = source.cases();
     let console = Console::default();
@@ -155,6 +157,7 @@ fn rows_of_data(spec: &str, size: usize) -> Result<Vec<Row>> {
         .par_iter()
         .enumerate()
         .map(|(i, case)| {
+            stop(interrupt)?;
             let mask = data::soft_mask(&*source, i, size)?;
             let row = Row::new(&case.image, Some(case.label), &mask, size);
             let n = done.fetch_add(1, Ordering::Relaxed) + 1;
@@ -162,7 +165,21 @@ fn rows_of_data(spec: &str, size: usize) -> Result<Vec<Row>> {
             Ok(row)
         })
         .collect();
-    rows.into_iter().collect()
+    let mut rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
+    // A shape needs no image that fits it.
+    for (k, drop) in source.drops().iter().enumerate() {
+        let Some((label, mask)) = source.dropped_mask(k)? else {
+            continue;
+        };
+        let soft = Letterbox::new(mask.width, mask.height, size).forward(&mask);
+        rows.push(Row::new(&drop.file, Some(label), &soft, size));
+        console.line(&format!(
+            "{}: measured all the same: {}, at its mask's own size",
+            source.name(),
+            drop.file
+        ));
+    }
+    Ok(rows)
 }
 
 fn rows_of_files(files: &[PathBuf], size: usize) -> Result<Vec<Row>> {
@@ -189,25 +206,24 @@ fn discrimination(rows: &[Row], k: usize) -> Discrimination {
     }
 }
 
-fn print_rows(rows: &[Row]) {
+/// The names come last, since nobody knows how long they are.
+fn print_rows(rows: &[Row]) -> Result<()> {
     let names = ShapeFeatures::NAMES
         .map(|name| format!("{name:>12}"))
         .join(" ");
-    println!("{:<28} {:>10} {:>10} {names}", "image", "area", "perimeter");
+    outln!("{:>9} {:>9} {names}  image", "area", "perimeter");
     for row in rows {
         let features = row.features().map(|f| match f {
             Some(f) => format!("{f:>12.4}"),
             None => format!("{:>12}", "–"),
         });
-        let Row {
-            image,
-            area,
-            perimeter,
-            ..
-        } = row;
-        println!(
-            "{image:<28} {area:>10.1} {perimeter:>10.2} {}",
-            features.join(" ")
+        outln!(
+            "{:>9.1} {:>9.2} {}  {}",
+            row.area,
+            row.perimeter,
+            features.join(" "),
+            row.image
         );
     }
+    Ok(())
 }

@@ -10,8 +10,8 @@ use super::progress::Console;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Report, TOLERANCE, check_operation};
 use crate::ops::{Entry, registry};
-use crate::train::Report as _;
 use crate::train::config::Device;
+use crate::train::{Report as _, stop};
 
 /// Check the gradient of every operation against finite differences
 ///
@@ -70,7 +70,7 @@ impl Args {
     /// Runs the command.
     ///
     /// # Errors
-    /// If this build lacks the device.
+    /// If this build lacks the device, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let missing = match self.device {
             Device::Cpu => None,
@@ -84,10 +84,12 @@ impl Args {
             Some(Operation(entry)) => vec![*entry],
             None => registry(),
         };
+        let interrupt = super::interrupt()?;
         let (console, done) = (Console::default(), AtomicU64::new(0));
         let reports: Vec<Report> = entries
             .par_iter()
             .map(|entry| {
+                stop(interrupt)?;
                 let report = check_operation(entry, self.seed, self.cases);
                 let n = done.fetch_add(1, Ordering::Relaxed) + 1;
                 console.progress("operations", n, entries.len() as u64, entry.name);
@@ -107,19 +109,22 @@ impl Args {
                 failed,
                 operations: &reports,
             };
-            println!("{}", serde_json::to_string_pretty(&document)?);
+            super::print_json(&document)?;
         } else {
-            print(&reports);
-            println!("{passed} passed, {failed} failed");
+            print(&reports)?;
+            outln!("{passed} passed, {failed} failed");
         }
         Ok(ExitCode::from(u8::from(failed > 0)))
     }
 }
 
-fn print(reports: &[Report]) {
-    println!(
+fn print(reports: &[Report]) -> Result<()> {
+    outln!(
         "{:<18} {:>6} {:>12} {:>12}",
-        "operation", "cases", "derivatives", "worst error"
+        "operation",
+        "cases",
+        "derivatives",
+        "worst error"
     );
     for r in reports {
         let verdict = if r.failures.is_empty() {
@@ -127,9 +132,12 @@ fn print(reports: &[Report]) {
         } else {
             "FAILED"
         };
-        println!(
+        outln!(
             "{:<18} {:>6} {:>12} {:>12.1e}  {verdict}",
-            r.op, r.cases, r.compared, r.worst
+            r.op,
+            r.cases,
+            r.compared,
+            r.worst
         );
     }
     for r in reports {
@@ -137,7 +145,7 @@ fn print(reports: &[Report]) {
             continue;
         };
         let m = &first.mismatch;
-        println!(
+        outln!(
             "{}: {} of {} cases failed; seed {}: {}: d/d{}[{}] is {:e}, finite difference {:e}",
             r.op,
             r.failures.len(),
@@ -149,9 +157,11 @@ fn print(reports: &[Report]) {
             m.analytic,
             m.numeric
         );
-        println!(
+        outln!(
             "  repeat: echograd gradcheck --op {} --seed {} --cases 1",
-            r.op, first.seed
+            r.op,
+            first.seed
         );
     }
+    Ok(())
 }

@@ -3,6 +3,21 @@
 //! Results go to stdout, progress and logs to stderr. Every command returns its exit code or an
 //! error that `main` prints as one line with its causes below.
 
+/// A line of results on stdout; returns from the function if it cannot be written.
+macro_rules! outln {
+    ($($text:tt)*) => {
+        $crate::cli::print(format_args!("{}\n", format_args!($($text)*)))?
+    };
+}
+
+/// A line for whoever watches, on stderr. That nobody reads it any more stops no work.
+macro_rules! note {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
 pub mod data;
 pub mod demo;
 pub mod evaluate;
@@ -15,11 +30,13 @@ pub mod progress;
 pub mod summary;
 pub mod train;
 
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::error::Error;
 use crate::metrics::DatasetMetrics;
 
 /// Sides of letterboxed images that are accepted, in pixels.
@@ -35,16 +52,17 @@ const SIZE_RANGE: std::ops::RangeInclusive<i64> = 16..=4096;
         tied together by four shape features computed from the soft mask; tests it on data from other \
         hospitals. No Python, no GPU needed. Research software, no medical device.",
     after_help = "First steps:\n  \
-        echograd demo                                       train and test on synthetic phantoms, open demo/index.html\n  \
-        echograd features --data breast:PATH                shape features of every ground-truth mask, AUC of each\n  \
+        echograd demo                          train and test on phantoms; open demo/index.html\n  \
+        echograd features --data breast:PATH   shape features of all masks, AUC of each\n  \
         echograd train --data breast:PATH --arm consistency --out runs/a\n  \
         echograd evaluate runs/a --data busi:PATH --out runs/a/busi\n\n\
-        Data sets are named NAME:PATH, NAME being breast, busi, uclm, udiat, busbra, folder (your own images) or pack.",
+        Data sets are named NAME:PATH, NAME being breast, busi, uclm, udiat, busbra, \
+        folder (your own images) or pack.",
     propagate_version = true
 )]
 pub struct Cli {
     /// Threads to use; results do not depend on it [default: all cores]
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, global = true, display_order = 100, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     #[command(subcommand)]
     command: Command,
@@ -90,8 +108,9 @@ impl Cli {
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// The flag that Ctrl-C and termination signals set from now on. A second signal ends the program at
-/// once: whoever presses twice does not want to wait.
+/// The flag that Ctrl-C and termination signals set from now on; work looks at it between its pieces,
+/// so that files are finished or never begun. A second signal ends the program at once: whoever
+/// presses twice does not want to wait.
 ///
 /// # Errors
 /// If the signal handler cannot be installed.
@@ -100,9 +119,29 @@ pub fn interrupt() -> anyhow::Result<&'static AtomicBool> {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this step; press Ctrl-C again to stop at once without saving");
+        // On a terminal the cursor stands behind a progress bar.
+        let clear = if std::io::stderr().is_terminal() {
+            "\r\x1b[K"
+        } else {
+            ""
+        };
+        note!("{clear}stopping; Ctrl-C again stops at once, without saving");
     })?;
     Ok(&INTERRUPTED)
+}
+
+/// Prints results.
+fn print(text: std::fmt::Arguments) -> crate::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_fmt(text)
+        .and_then(|()| out.flush())
+        .map_err(|e| Error::caused("standard output", "cannot be written", e))
+}
+
+/// Prints results as one JSON document.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    Ok(print(format_args!("{text}\n"))?)
 }
 
 /// `KEY=VALUE`, split at the first equals sign.
@@ -120,11 +159,12 @@ fn name_of(value: &impl ValueEnum) -> String {
         .map_or_else(String::new, |v| v.get_name().to_owned())
 }
 
-/// Results as lines of text: a row per data set.
+/// Results as lines of text that fit 80 columns: a row per data set. HD95 is in pixels, FPR the share of
+/// normal images in which a lesion is seen.
 fn metrics_table(rows: &[(&str, &DatasetMetrics)]) -> String {
     let mut text = format!(
-        "{:<12} {:>5}  {:<21} {:>6} {:>8}  {:<21} {:>6} {:>6} {:>7}\n",
-        "data set", "n", "Dice", "IoU", "HD95 px", "AUC", "sens.", "spec.", "FP rate"
+        "{:<10}{:>5}  {:<19}{:>6} {:<19}{:>6}{:>6}{:>6}\n",
+        "data set", "n", "Dice", "HD95", "AUC", "sens", "spec", "FPR"
     );
     let figure = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.3}"));
     let interval = |value: Option<f64>, ci: Option<[f64; 2]>| match (value, ci) {
@@ -136,10 +176,9 @@ fn metrics_table(rows: &[(&str, &DatasetMetrics)]) -> String {
         let dice = s.map(|s| &s.dice);
         let auc = c.and_then(|c| c.auc.as_ref());
         text += &format!(
-            "{name:<12} {:>5}  {:<21} {:>6} {:>8}  {:<21} {:>6} {:>6} {:>7}\n",
+            "{name:<10}{:>5}  {:<19}{:>6} {:<19}{:>6}{:>6}{:>6}\n",
             m.n,
             interval(dice.map(|d| d.mean), dice.and_then(|d| d.ci95)),
-            figure(s.map(|s| s.iou.mean)),
             s.map_or("–".into(), |s| format!("{:.1}", s.hd95_px.mean)),
             interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95)),
             figure(c.and_then(|c| c.sensitivity)),

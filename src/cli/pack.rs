@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::SIZE_RANGE;
 use super::progress::Console;
 use crate::data::pack;
-use crate::train::Report as _;
+use crate::train::{Report as _, stop};
 
-/// Pack a data set into one small file: letterboxed 8-bit images, masks at original size, labels
+/// Pack a data set into one small file
 ///
-/// The file is read back with --data pack:FILE. It keeps patients, pixel sizes, original sizes, the SHA-256 of every source image
-/// and the list of what was left out.
+/// It holds letterboxed 8-bit images, masks at original size, labels, patients, pixel sizes, original sizes, the SHA-256 of
+/// every source image and the list of what was left out. --data pack:FILE reads it back.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Data set to pack
@@ -30,20 +30,22 @@ impl Args {
     /// Runs the command.
     ///
     /// # Errors
-    /// If the data cannot be read or the file cannot be written.
+    /// If the data cannot be read or the file cannot be written, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        let interrupt = super::interrupt()?;
         let source = super::data::open(&self.data)?;
         let count = source.cases().len();
         let console = Console::default();
         let packed = AtomicU64::new(0);
-        let done = || {
+        let next = || {
             let n = packed.fetch_add(1, Ordering::Relaxed) + 1;
             console.progress("packing", n, count as u64, "");
+            stop(interrupt)
         };
-        pack::write(&*source, self.size.into(), &self.out, &done)?;
+        pack::write(&*source, self.size.into(), &self.out, &next)?;
         drop(console);
         let bytes = std::fs::metadata(&self.out)?.len();
-        println!(
+        outln!(
             "{}: {count} cases, {:.1} MB",
             self.out.display(),
             bytes as f64 / 1e6

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use super::progress::Console;
 use crate::data::phantom::{self, Site};
-use crate::train::Report as _;
+use crate::train::{Report as _, stop};
 
 /// Make synthetic ultrasound images with lesions, masks and labels
 ///
@@ -32,14 +32,17 @@ impl Args {
     /// Runs the command.
     ///
     /// # Errors
-    /// If the folder is not empty or cannot be written.
+    /// If the folder is not empty or cannot be written, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let console = Console::default();
-        let done = |n: usize| console.progress("phantoms", n as u64, self.count.into(), "");
+        let (console, interrupt) = (Console::default(), super::interrupt()?);
+        let done = |n: usize| {
+            console.progress("phantoms", n as u64, self.count.into(), "");
+            stop(interrupt)
+        };
         let [benign, malignant, normal] =
             phantom::write(self.site, self.count as usize, self.seed, &self.out, &done)?;
         drop(console);
-        println!(
+        outln!(
             "{}: {} images of site {} ({benign} benign, {malignant} malignant, {normal} normal)",
             self.out.display(),
             self.count,

@@ -39,16 +39,16 @@ impl Args {
         };
         let predictions = predict::predict(&args, &Console::default(), super::interrupt()?)?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&predictions)?);
+            super::print_json(&predictions)?;
             return Ok(ExitCode::SUCCESS);
         }
-        println!("{:<40} {:>9} {:>7} {:>7}", "image", "area px", "p", "phi");
+        outln!("{:<40} {:>9} {:>7} {:>7}", "image", "area px", "p", "phi");
         for prediction in &predictions {
             let figure = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.3}"));
             let area = prediction
                 .area_px
                 .map_or("–".into(), |area| area.to_string());
-            println!(
+            outln!(
                 "{:<40} {area:>9} {:>7} {:>7}",
                 prediction.image.display().to_string(),
                 figure(prediction.p),

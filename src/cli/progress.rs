@@ -8,6 +8,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::train::Report;
 
+/// When the first plain line comes: work that is over by then needs none.
+const PLAIN_FIRST: Duration = Duration::from_secs(2);
 /// Time between plain lines.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -21,25 +23,28 @@ pub struct Console {
 struct Work {
     what: String,
     bar: Option<ProgressBar>,
+    /// How much was done already when it began, by a run that is resumed.
+    before: u64,
     started: Instant,
-    printed: Instant,
+    /// Time since the start when the next plain line is due.
+    due: Duration,
 }
 
 impl Work {
-    fn new(what: &str, total: u64) -> Self {
+    fn new(what: &str, done: u64, total: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
             let style = "{prefix} {bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]";
             bar.set_style(ProgressStyle::with_template(style).expect("the template is valid"));
             bar.set_prefix(what.to_owned());
-            bar
+            bar.with_position(done)
         });
-        let now = Instant::now();
         Self {
             what: what.to_owned(),
             bar,
-            started: now,
-            printed: now,
+            before: done,
+            started: Instant::now(),
+            due: PLAIN_FIRST,
         }
     }
 
@@ -50,12 +55,13 @@ impl Work {
                 bar.set_position(done);
                 bar.set_message(message.to_owned());
             }
-            None if self.printed.elapsed() >= PLAIN_INTERVAL => {
-                self.printed = Instant::now();
-                let elapsed = self.started.elapsed().as_secs_f64();
-                let left = elapsed / done.max(1) as f64 * total.saturating_sub(done) as f64;
+            None if self.started.elapsed() >= self.due => {
+                let elapsed = self.started.elapsed();
+                self.due = elapsed + PLAIN_INTERVAL;
+                let each = elapsed.as_secs_f64() / done.saturating_sub(self.before).max(1) as f64;
+                let left = each * total.saturating_sub(done) as f64;
                 let space = if message.is_empty() { "" } else { " " };
-                eprintln!(
+                note!(
                     "{}: {done}/{total}{space}{message} ({left:.0} s left)",
                     self.what
                 );
@@ -77,8 +83,8 @@ impl Report for Console {
     fn line(&self, text: &str) {
         let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         match current.as_ref().and_then(|work| work.bar.as_ref()) {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| note!("{text}")),
+            None => note!("{text}"),
         }
     }
 
@@ -87,9 +93,12 @@ impl Report for Console {
         if current.as_ref().is_none_or(|work| work.what != what) {
             // The old bar goes before the new one appears.
             *current = None;
-            *current = Some(Work::new(what, total));
+            *current = Some(Work::new(what, done, total));
         }
-        if let Some(work) = current.as_mut() {
+        if done >= total {
+            // A full bar would stand there through whatever silent work comes next.
+            *current = None;
+        } else if let Some(work) = current.as_mut() {
             work.set(done, total, message);
         }
     }

@@ -26,10 +26,10 @@ pub struct Args {
     /// What is trained [default: consistency]
     #[arg(long)]
     arm: Option<Arm>,
-    /// Side of the images in pixels
+    /// Side of the images in pixels [default: the preset's; tiny 64, unet 128]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(SIZE_RANGE))]
     size: Option<u16>,
-    /// Images per step
+    /// Images per step [default: 16]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Overlay one value, e.g. --set model.widths=[32,64,128,256,512]
@@ -78,7 +78,7 @@ impl Args {
         let step = TrainingStep::record(&config, config.arm == Arm::Consistency)?;
         let plan = Plan::new(&step.tape, Options::default())?;
         if self.plan {
-            print!("{plan}");
+            super::print(format_args!("{plan}"))?;
             return Ok(ExitCode::SUCCESS);
         }
         let layers = layers(&network.tape);
@@ -97,9 +97,9 @@ impl Args {
             layers,
         };
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&summary)?);
+            super::print_json(&summary)?;
         } else {
-            print(&summary);
+            print(&summary)?;
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -147,10 +147,14 @@ fn layers(tape: &Tape) -> Vec<Layer> {
     tape.steps().iter().map(layer).collect()
 }
 
-fn print(summary: &Summary) {
-    println!(
-        "{:<28} {:<16} {:<22} {:>12} {:>14}",
-        "layer", "operation", "output N×H×W×C", "parameters", "MFLOP"
+fn print(summary: &Summary) -> crate::Result<()> {
+    outln!(
+        "{:<22} {:<16} {:<16} {:>11} {:>10}",
+        "layer",
+        "operation",
+        "output N×H×W×C",
+        "parameters",
+        "MFLOP"
     );
     for layer in &summary.layers {
         let [n, h, w, c] = layer.output;
@@ -158,8 +162,8 @@ fn print(summary: &Summary) {
             0 => String::new(),
             count => count.to_string(),
         };
-        println!(
-            "{:<28} {:<16} {:<22} {parameters:>12} {:>14.2}",
+        outln!(
+            "{:<22} {:<16} {:<16} {parameters:>11} {:>10.2}",
             layer.name,
             layer.operation,
             format!("{n}×{h}×{w}×{c}"),
@@ -167,19 +171,20 @@ fn print(summary: &Summary) {
         );
     }
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
-    println!("parameters          {:>12}", summary.parameters);
-    println!(
+    outln!("parameters          {:>12}", summary.parameters);
+    outln!(
         "forward             {:>12.3} GFLOP for a batch of {}",
         summary.forward_flops as f64 / 1e9,
         summary.batch
     );
-    println!(
+    outln!(
         "training step       {:>12.3} GFLOP",
         summary.step_flops as f64 / 1e9
     );
-    println!(
+    outln!(
         "memory of the step  {:>12.1} MiB, of which {:.1} MiB parameters, optimizer and inputs",
         mib(summary.step_bytes),
         mib(summary.persistent_bytes)
     );
+    Ok(())
 }

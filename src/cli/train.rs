@@ -15,8 +15,8 @@ use crate::train::run::{self, TrainArgs};
 /// saves; --resume goes on bit for bit where a run stopped, however it stopped.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Data set to train on; lesion images only
-    #[arg(long, value_name = "NAME:PATH", visible_alias = "source")]
+    /// Data set to train on; lesion images only. Needed unless --config, --set or --resume names it
+    #[arg(long, value_name = "NAME:PATH", visible_alias = "source", required_unless_present_any = ["config", "set", "resume"])]
     data: Option<String>,
     /// What to train [default: consistency]
     #[arg(long)]
@@ -24,13 +24,13 @@ pub struct Args {
     /// Named defaults: tiny takes seconds, unet minutes on two cores [default: unet]
     #[arg(long)]
     preset: Option<Preset>,
-    /// TOML file that overlays the preset; RUN/config.toml of any run is one
+    /// TOML file that overlays the preset [default: none]; RUN/config.toml of any run is one
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Overlay one value, e.g. --set loss.consistency=0.3; see RUN/config.toml for the keys
     #[arg(long, value_name = "KEY=VALUE", value_parser = super::key_value)]
     set: Vec<(String, String)>,
-    /// Start from the weights of a checkpoint
+    /// Start from the weights of a checkpoint [default: random weights]
     #[arg(long, value_name = "FILE")]
     init: Option<PathBuf>,
     /// Folds of the stratified split [default: 5]
@@ -39,13 +39,13 @@ pub struct Args {
     /// The fold held out, from 0 [default: 0]
     #[arg(long, value_name = "I")]
     fold: Option<usize>,
-    /// Times each image is seen
+    /// Times each image is seen [default: the preset's; tiny 20, unet 50]
     #[arg(long, value_name = "N")]
     epochs: Option<u64>,
-    /// Side of the square that images are letterboxed to, in pixels
+    /// Side of the square that images are letterboxed to, in pixels [default: the preset's; tiny 64, unet 128]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(SIZE_RANGE))]
     size: Option<u16>,
-    /// Images per step
+    /// Images per step [default: 16]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Where to compute [default: cpu]
@@ -82,16 +82,19 @@ impl Args {
         };
         let trained = run::train(&args, &Console::default(), super::interrupt()?)?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&trained.validation)?);
+            super::print_json(&trained.validation)?;
         } else {
-            println!(
+            outln!(
                 "{}: best of {} epochs is {} (validation score {:.4})",
                 self.out.display(),
                 trained.epochs,
                 trained.best_epoch,
                 trained.best
             );
-            print!("{}", metrics_table(&[("validation", &trained.validation)]));
+            super::print(format_args!(
+                "{}",
+                metrics_table(&[("validation", &trained.validation)])
+            ))?;
         }
         Ok(ExitCode::SUCCESS)
     }

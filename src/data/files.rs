@@ -30,6 +30,8 @@ pub struct Files {
     cases: Vec<Case>,
     paths: Vec<(PathBuf, Vec<PathBuf>)>,
     pub(super) drops: Vec<Drop>,
+    /// What is left of the first drops; later ones have neither label nor mask.
+    dropped: Vec<(Label, Vec<PathBuf>)>,
     read_mask: ReadMask,
 }
 
@@ -68,6 +70,7 @@ impl Files {
             cases: Vec::new(),
             paths: Vec::new(),
             drops: Vec::new(),
+            dropped: Vec::new(),
             read_mask,
         };
         let mut seen = BTreeMap::new();
@@ -86,10 +89,13 @@ impl Files {
                     files.cases.push(case);
                     files.paths.push((entry.image, entry.masks));
                 }
-                Err(flaw) if tolerated(&flaw) => files.drops.push(Drop {
-                    file: file_name(&entry.image),
-                    reason: flaw.error.to_string(),
-                }),
+                Err(flaw) if tolerated(&flaw) => {
+                    files.drops.push(Drop {
+                        file: file_name(&entry.image),
+                        reason: flaw.error.to_string(),
+                    });
+                    files.dropped.push((entry.label, entry.masks));
+                }
                 Err(flaw) => return Err(flaw.error),
             }
         }
@@ -200,6 +206,19 @@ impl Source for Files {
 
     fn drops(&self) -> &[Drop] {
         &self.drops
+    }
+
+    fn dropped_mask(&self, k: usize) -> Result<Option<(Label, Gray)>> {
+        let Some((label, masks)) = self.dropped.get(k) else {
+            return Ok(None);
+        };
+        let Some(first) = masks.first() else {
+            return Ok(None);
+        };
+        let first = image::read_mask(first)?;
+        // Not `read_mask` of the data set: what it objects to is known.
+        let mask = join(masks, *label, (first.width, first.height), plain_mask);
+        Ok(Some((*label, mask.map_err(|flaw| flaw.error)?)))
     }
 
     fn image(&self, i: usize) -> Result<Gray> {

@@ -137,6 +137,16 @@ pub trait Source: Send + Sync {
     /// The images left out.
     fn drops(&self) -> &[Drop];
 
+    /// Label and mask of the image left out as `drops()[k]`, if the data set has them: unfit to train on
+    /// or to compare with, but a shape that can be measured. The mask is of its own size, 0 or 255.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it cannot be read.
+    fn dropped_mask(&self, k: usize) -> Result<Option<(Label, Gray)>> {
+        let _ = k;
+        Ok(None)
+    }
+
     /// The side of its squares if the images are already letterboxed (a pack), `None` if they are
     /// originals.
     fn letterboxed(&self) -> Option<usize> {
@@ -170,7 +180,7 @@ pub const NAMES: [&str; 7] = [
 pub fn open(spec: &str) -> Result<Box<dyn Source>> {
     let Some((name, path)) = spec.split_once(':').filter(|(_, path)| !path.is_empty()) else {
         return Err(Error::argument(
-            spec,
+            "data",
             format!(
                 "expected NAME:PATH with NAME one of {}, found {spec:?}",
                 NAMES.join(", ")
@@ -250,23 +260,25 @@ pub struct Example {
     pub mask: Vec<u8>,
 }
 
+/// Counts the cases of long work, and may stop it.
+pub type Next<'a> = &'a (dyn Fn() -> Result<()> + Sync);
+
 /// All cases of `source` letterboxed to `size` (two bytes a pixel), in case order, read in parallel;
-/// `done` is called once per case, from any thread. Masks at original size stay on disk and are
+/// `next` is called before each case, from any thread, and its error ends the work. Masks at original size stay on disk and are
 /// read one by one with [`Source::mask`].
 ///
 /// # Errors
 /// [`Error::Argument`] if `source` is a pack of another size; [`Error::File`] for the first case, in
-/// case order, that cannot be read.
-pub fn load(source: &dyn Source, size: usize, done: &(dyn Fn() + Sync)) -> Result<Vec<Example>> {
+/// case order, that cannot be read; those of `next`.
+pub fn load(source: &dyn Source, size: usize, next: Next) -> Result<Vec<Example>> {
     let examples: Vec<Result<Example>> = (0..source.cases().len())
         .into_par_iter()
         .map(|i| {
-            let example = Example {
+            next()?;
+            Ok(Example {
                 image: letterboxed_image(source, i, size)?,
                 mask: letterbox::quantise(&soft_mask(source, i, size)?),
-            };
-            done();
-            Ok(example)
+            })
         })
         .collect();
     examples.into_iter().collect()

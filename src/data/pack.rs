@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::image::{self, Gray, MAX_SIDE};
-use super::{Case, Drop, Source, letterboxed_image};
+use super::{Case, Drop, Next, Source, letterboxed_image};
 use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"echopack";
@@ -193,22 +193,18 @@ impl Source for Pack {
     }
 }
 
-/// Packs `source` at `size` into the file `path`, which appears whole or not at all; `done` is called
-/// once per case, from any thread.
+/// Packs `source` at `size` into the file `path`, which appears whole or not at all; `next` is called
+/// before each case, from any thread, and its error ends the work.
 ///
 /// # Errors
 /// As [`super::load`], and [`Error::File`] if `path` cannot be written.
-pub fn write(
-    source: &dyn Source,
-    size: usize,
-    path: &Path,
-    done: &(dyn Fn() + Sync),
-) -> Result<()> {
+pub fn write(source: &dyn Source, size: usize, path: &Path, next: Next) -> Result<()> {
     let encoded: Vec<Result<(Vec<u8>, Vec<u8>)>> = source
         .cases()
         .par_iter()
         .enumerate()
         .map(|(i, case)| {
+            next()?;
             let image = image::png_bytes(&Gray {
                 width: size,
                 height: size,
@@ -218,7 +214,6 @@ pub fn write(
                 true => image::png_bytes(&source.mask(i)?),
                 false => Vec::new(),
             };
-            done();
             Ok((image, mask))
         })
         .collect();

@@ -238,7 +238,7 @@ pub fn weights_prefix(config: &Config) -> &'static str {
 
 /// The file's bytes, once its length and that of its header make sense together.
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let unreadable = |e: std::io::Error| Error::caused(path, format!("cannot be read: {e}"), e);
+    let unreadable = |e: std::io::Error| Error::caused(path, "cannot be read", e);
     let mut file = std::fs::File::open(path).map_err(unreadable)?;
     let length = file.metadata().map_err(unreadable)?.len();
     if length < 8 {

@@ -47,7 +47,7 @@ pub enum Preset {
     Tiny,
     /// A U-Net of 16 to 256 channels on 128×128 images: minutes a run on two cores.
     Unet,
-    /// EfficientNet-B1 encoder with an attention U-Net decoder.
+    /// EfficientNet-B1 encoder with an attention U-Net decoder (not in this build).
     EfficientnetB1,
 }
 
@@ -57,9 +57,9 @@ pub enum Preset {
 pub enum Device {
     /// This machine's processor.
     Cpu,
-    /// An NVIDIA GPU.
+    /// An NVIDIA GPU (not in this build).
     Cuda,
-    /// The GPU's kernels, run by an emulator on the processor.
+    /// The GPU's kernels, run by an emulator on the processor (not in this build).
     Emulator,
 }
 
@@ -285,11 +285,10 @@ impl Config {
         let mut overlay = Vec::new();
         if let Some(path) = file {
             let text = std::fs::read_to_string(path)
-                .map_err(|e| Error::caused(path, format!("cannot be read: {e}"), e))?;
-            let table: Table = text.parse().map_err(|e: toml::de::Error| {
-                let problem = format!("expected TOML, found an error: {}", e.message());
-                Error::caused(path, problem, e)
-            })?;
+                .map_err(|e| Error::caused(path, "cannot be read", e))?;
+            let table: Table = text
+                .parse()
+                .map_err(|e: toml::de::Error| Error::caused(path, "expected TOML", e))?;
             flatten("", table, &mut overlay);
         }
         let text = |(key, text): &(String, String)| (key.clone(), Setting::Text(text.clone()));

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use super::run::{MANIFEST, Manifest};
-use super::{Model, Report};
+use super::{Model, Report, stop};
 use crate::data::{self, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage, write_csv, write_json};
@@ -132,14 +132,5 @@ pub(super) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<Dataset
 }
 
 pub(super) fn make_folder(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path)
-        .map_err(|e| Error::caused(path, format!("cannot be created: {e}"), e))
-}
-
-pub(super) fn stop(interrupt: &AtomicBool) -> Result<()> {
-    if interrupt.load(Ordering::SeqCst) {
-        Err(Error::Interrupted)
-    } else {
-        Ok(())
-    }
+    std::fs::create_dir_all(path).map_err(|e| Error::caused(path, "cannot be created", e))
 }

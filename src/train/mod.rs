@@ -14,6 +14,10 @@ pub mod run;
 pub mod schedule;
 pub mod step;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
 pub use config::Config;
 pub use model::Model;
 
@@ -27,6 +31,15 @@ pub trait Report: Sync {
     /// `done` of `total` pieces of `what` are finished; `message` says how it goes.
     fn progress(&self, what: &str, done: u64, total: u64, message: &str) {
         let _ = (what, done, total, message);
+    }
+}
+
+/// Whether to stop: [`Error::Interrupted`] once the flag is set.
+pub(crate) fn stop(interrupt: &AtomicBool) -> Result<()> {
+    if interrupt.load(Ordering::SeqCst) {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
     }
 }
 

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use rayon::prelude::*;
 use serde::Serialize;
 
-use super::evaluate::{make_folder, stop};
-use super::{Model, Report};
+use super::evaluate::make_folder;
+use super::{Model, Report, stop};
 use crate::data::image::{self, Gray};
 use crate::data::letterbox::{Letterbox, quantise};
 use crate::error::{Error, Result};
@@ -63,6 +64,13 @@ pub fn predict(
     let stems = stems(args.files)?;
     let mut model = Model::open(args.run)?;
     let size = model.config().size;
+    // An image that cannot be read should stop the work before results of others are replaced.
+    let readable: Vec<Result<()>> = args
+        .files
+        .par_iter()
+        .map(|file| image::read(file).map(drop))
+        .collect();
+    readable.into_iter().collect::<Result<()>>()?;
     make_folder(args.out)?;
     let files = args.files;
     let load = |i: usize| -> Result<Vec<u8>> {

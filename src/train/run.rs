@@ -10,10 +10,10 @@ use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, Checkpoint, Position};
 use super::config::{Arm, Config, PriorStart};
-use super::evaluate::{examine, make_folder, stop, write};
+use super::evaluate::{examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
-use super::{Model, Report, schedule};
+use super::{Model, Report, schedule, stop};
 use crate::data::image::write_atomically;
 use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
 use crate::data::split::{self, Fold};
@@ -104,10 +104,9 @@ impl Manifest {
     /// # Errors
     /// [`Error::File`] if it is missing or of another form.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path)
-            .map_err(|e| Error::caused(path, format!("cannot be read: {e}"), e))?;
+        let bytes = std::fs::read(path).map_err(|e| Error::caused(path, "cannot be read", e))?;
         serde_json::from_slice(&bytes)
-            .map_err(|e| Error::caused(path, format!("expected a run's manifest: {e}"), e))
+            .map_err(|e| Error::caused(path, "expected a run's manifest", e))
     }
 }
 
@@ -138,7 +137,7 @@ struct Row {
 /// [`Error::Interrupted`], after saving the state in the middle of the epoch.
 pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
     let config = configuration(args)?;
-    let data = Data::open(&config, report)?;
+    let data = Data::open(&config, report, interrupt)?;
     let mut run = Run::new(args.out, config, data, report)?;
     if args.resume {
         run.resume()?;
@@ -176,7 +175,7 @@ fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
     let used = match std::fs::read_dir(args.out) {
         Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|e| !hidden(e.file_name()))),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
-        Err(e) => return Err(Error::caused(args.out, format!("cannot be read: {e}"), e)),
+        Err(e) => return Err(Error::caused(args.out, "cannot be read", e)),
     };
     if path.exists() {
         let problem = "already holds a run: go on with it (--resume) or choose another folder";
@@ -203,7 +202,7 @@ struct Data {
 }
 
 impl Data {
-    fn open(config: &Config, report: &dyn Report) -> Result<Self> {
+    fn open(config: &Config, report: &dyn Report, interrupt: &AtomicBool) -> Result<Self> {
         let source = data::open(&config.data)?;
         let cases = source.cases();
         let (mut subset, mut drops) = if config.drop_duplicates {
@@ -246,6 +245,7 @@ impl Data {
         let examples = data::load(&*source, config.size, &|| {
             let done = 1 + read.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             report.progress("reading images", done, total, "");
+            stop(interrupt)
         })?;
         let prior = if config.arm.segments() {
             match fit(cases, &examples, &fold, config) {
@@ -439,8 +439,7 @@ impl<'a> Run<'a> {
         self.position = checkpoint.position;
         let path = self.out.join(METRICS);
         if path.is_file() {
-            let unreadable =
-                |e: csv::Error| Error::caused(&path, format!("cannot be read: {e}"), e);
+            let unreadable = |e: csv::Error| Error::caused(&path, "cannot be read", e);
             let mut reader = csv::Reader::from_path(&path).map_err(unreadable)?;
             let rows = reader.deserialize().collect::<Result<Vec<Row>, _>>();
             self.rows = rows.map_err(unreadable)?;
@@ -498,6 +497,10 @@ impl<'a> Run<'a> {
                 self.report.progress("training", done, total, &message);
                 if stop(interrupt).is_err() {
                     self.save(LAST)?;
+                    self.report.line(&format!(
+                        "saved at {message}, step {}; --resume goes on from there",
+                        self.position.step
+                    ));
                     return Err(Error::Interrupted);
                 }
             }

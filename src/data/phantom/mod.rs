@@ -212,16 +212,18 @@ fn scanner(site: Site, draws: &mut Draws) -> Scanner {
 
 /// Writes images 0 to `count` − 1 as a data set in BUSI's layout: `benign/benign (1).png` with
 /// `benign/benign (1)_mask.png` and so on, normals with a black mask. Images are made in parallel;
-/// `done` is called after each, from any thread, with the number written so far. Returns the number of benign, malignant and normal images.
+/// `done` is called after each, from any thread, with the number written so far, and its error ends the
+/// work. Returns the number of benign, malignant and normal images.
 ///
 /// # Errors
-/// [`Error::File`] if `folder` exists and is not empty, or cannot be written.
+/// [`Error::File`] if `folder` exists and is not empty, or cannot be written; those of `done`. The
+/// images written until then are taken away again.
 pub fn write(
     site: Site,
     count: usize,
     seed: u64,
     folder: &Path,
-    done: &(dyn Fn(usize) + Sync),
+    done: &(dyn Fn(usize) -> Result<()> + Sync),
 ) -> Result<[usize; 3]> {
     std::fs::create_dir_all(folder).map_err(|e| Error::caused(folder, "cannot be made", e))?;
     let mut entries =
@@ -246,21 +248,25 @@ pub fn write(
         })
         .collect();
     let written = AtomicUsize::new(0);
-    jobs.into_par_iter()
-        .try_for_each(|(index, label, number)| {
-            let Phantom { image, mask, .. } = generate(site, seed, index);
-            let stem = folder
+    let result = jobs.into_par_iter().try_for_each(|(index, label, number)| {
+        let Phantom { image, mask, .. } = generate(site, seed, index);
+        let stem = folder
+            .join(label.as_str())
+            .join(format!("{label} ({number})"));
+        write_png(&stem.with_extension("png"), &image)?;
+        write_png(
+            &folder
                 .join(label.as_str())
-                .join(format!("{label} ({number})"));
-            write_png(&stem.with_extension("png"), &image)?;
-            write_png(
-                &folder
-                    .join(label.as_str())
-                    .join(format!("{label} ({number})_mask.png")),
-                &mask,
-            )?;
-            done(written.fetch_add(1, Ordering::Relaxed) + 1);
-            Ok(())
-        })?;
-    Ok(counts)
+                .join(format!("{label} ({number})_mask.png")),
+            &mask,
+        )?;
+        done(written.fetch_add(1, Ordering::Relaxed) + 1)
+    });
+    if result.is_err() {
+        // Part of a data set would pass for the whole. The folder was empty, so all in it is ours.
+        for label in Label::ALL {
+            let _ = std::fs::remove_dir_all(folder.join(label.as_str()));
+        }
+    }
+    result.map(|()| counts)
 }
