@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -109,9 +109,10 @@ impl Args {
     /// # Errors
     /// If the data cannot be read or the table cannot be written, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        let interrupt = super::interrupt()?;
         let rows = match &self.input.data {
-            Some(spec) => rows_of_data(spec, self.size.into())?,
-            None => rows_of_files(&self.input.mask, self.size.into())?,
+            Some(spec) => rows_of_data(spec, self.size.into(), interrupt)?,
+            None => rows_of_files(&self.input.mask, self.size.into(), interrupt)?,
         };
         metrics::write_csv(&self.csv, &rows)?;
         let aucs: Vec<Discrimination> = (0..4).map(|k| discrimination(&rows, k)).collect();
@@ -147,8 +148,7 @@ impl Args {
     }
 }
 
-fn rows_of_data(spec: &str, size: usize) -> anyhow::Result<Vec<Row>> {
-    let interrupt = super::interrupt()?;
+fn rows_of_data(spec: &str, size: usize, interrupt: &AtomicBool) -> Result<Vec<Row>> {
     let source = super::data::open(spec)?;
     let cases = source.cases();
     let console = Console::default();
@@ -182,8 +182,9 @@ fn rows_of_data(spec: &str, size: usize) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn rows_of_files(files: &[PathBuf], size: usize) -> Result<Vec<Row>> {
+fn rows_of_files(files: &[PathBuf], size: usize, interrupt: &AtomicBool) -> Result<Vec<Row>> {
     let measure = |path: &PathBuf| {
+        stop(interrupt)?;
         let mask = image::read_mask(path)?;
         let soft = Letterbox::new(mask.width, mask.height, size).forward(&mask);
         let name = path.file_name().unwrap_or(path.as_os_str());

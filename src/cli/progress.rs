@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::train::Report;
 
@@ -34,7 +34,7 @@ impl Work {
     fn new(what: &str, done: u64, total: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            let style = "{prefix} {bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]";
+            let style = "{prefix} {bar:30} {pos}/{len} {msg}";
             bar.set_style(ProgressStyle::with_template(style).expect("the template is valid"));
             bar.set_prefix(what.to_owned());
             bar.with_position(done)
@@ -49,22 +49,24 @@ impl Work {
     }
 
     fn set(&mut self, done: u64, total: u64, message: &str) {
+        let elapsed = self.started.elapsed();
+        let since = done.saturating_sub(self.before);
+        let space = if message.is_empty() { "" } else { " " };
+        let mut text = format!("{message}{space}");
+        // Not the bar's own estimate, which would count what an earlier call did as done in no time.
+        if since > 0 {
+            let left = elapsed.mul_f64(total.saturating_sub(done) as f64 / since as f64);
+            text += &format!("({:#} left)", HumanDuration(left));
+        }
         match &self.bar {
             Some(bar) => {
                 bar.set_length(total);
                 bar.set_position(done);
-                bar.set_message(message.to_owned());
+                bar.set_message(text);
             }
-            None if self.started.elapsed() >= self.due => {
-                let elapsed = self.started.elapsed();
+            None if elapsed >= self.due => {
                 self.due = elapsed + PLAIN_INTERVAL;
-                let each = elapsed.as_secs_f64() / done.saturating_sub(self.before).max(1) as f64;
-                let left = each * total.saturating_sub(done) as f64;
-                let space = if message.is_empty() { "" } else { " " };
-                note!(
-                    "{}: {done}/{total}{space}{message} ({left:.0} s left)",
-                    self.what
-                );
+                note!("{}: {done}/{total} {text}", self.what);
             }
             None => {}
         }

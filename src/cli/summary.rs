@@ -182,7 +182,7 @@ fn print(summary: &Summary) -> crate::Result<()> {
         summary.step_flops as f64 / 1e9
     );
     outln!(
-        "memory of the step  {:>12.1} MiB, of which {:.1} MiB parameters, optimizer and inputs",
+        "memory of the step  {:>12.1} MiB, {:.1} of it parameters, optimizer, inputs",
         mib(summary.step_bytes),
         mib(summary.persistent_bytes)
     );
