@@ -2,6 +2,8 @@
 
 use std::marker::PhantomData;
 
+use memmap2::MmapMut;
+
 use crate::error::{Error, Result};
 use crate::ops::{Kernel, Op};
 use crate::tape::{Kind, Plan, PlannedStep, Slot, Var};
@@ -33,6 +35,9 @@ pub struct Io<'a, T> {
     scratch_taken: bool,
     lifetime: PhantomData<&'a mut T>,
 }
+
+// SAFETY: through a shared `Io` only inputs and extents can be reached, and those are only read.
+unsafe impl<T: Sync> Sync for Io<'_, T> {}
 
 impl<'a, T: Real> Io<'a, T> {
     /// Input `i`. Not to be called for the input that is overwritten ([`Io::in_place`]).
@@ -217,7 +222,7 @@ impl<T: Element> Session<T> {
         let step = &self.plan.steps()[index];
         self.taken.fill(false);
         let mut io = Io {
-            arena: self.arena.start,
+            arena: self.arena.start(),
             step,
             taken: &mut self.taken,
             scratch_taken: false,
@@ -227,51 +232,40 @@ impl<T: Element> Session<T> {
     }
 }
 
-/// Zeroed memory aligned to cache lines. Pages that are never touched cost nothing.
+/// Zeroed memory, in large pages where the system has them: a network's tensors span so many small ones
+/// that looking up their addresses would cost time. Pages that are never touched cost nothing.
 struct Arena<T> {
-    start: *mut T,
-    layout: std::alloc::Layout,
+    map: MmapMut,
+    element: PhantomData<T>,
 }
-
-// SAFETY: the arena owns its memory exclusively.
-unsafe impl<T: Send> Send for Arena<T> {}
-// SAFETY: shared access only reads.
-unsafe impl<T: Sync> Sync for Arena<T> {}
 
 impl<T: Real> Arena<T> {
     fn new(len: usize) -> Result<Self> {
-        let too_large = |bytes: usize| {
-            Error::argument(
-                "memory",
-                format!("cannot allocate {} MiB for this plan", bytes >> 20),
-            )
-        };
-        let bytes = len.saturating_mul(size_of::<T>()).max(64);
-        let layout =
-            std::alloc::Layout::from_size_align(bytes, 64).map_err(|_| too_large(bytes))?;
-        // SAFETY: the layout has a size above zero; zero bytes are a valid `T` (bytemuck::Pod).
-        let start = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<T>();
-        if start.is_null() {
-            Err(too_large(bytes))
-        } else {
-            Ok(Self { start, layout })
-        }
+        let bytes = len.max(1).saturating_mul(size_of::<T>());
+        let map = MmapMut::map_anon(bytes).map_err(|e| {
+            let problem = format!("cannot reserve {} MiB for this plan: {e}", bytes >> 20);
+            Error::argument("memory", problem)
+        })?;
+        // A wish, not a need: where it is refused, small pages do.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self {
+            map,
+            element: PhantomData,
+        })
+    }
+
+    fn start(&mut self) -> *mut T {
+        self.map.as_mut_ptr().cast()
     }
 
     fn slice(&self, slot: Slot) -> &[T] {
-        // SAFETY: slots lie inside the arena; `&self` forbids writing meanwhile.
-        unsafe { std::slice::from_raw_parts(self.start.add(slot.offset), slot.len) }
+        let elements: &[T] = bytemuck::cast_slice(&self.map);
+        &elements[slot.offset..][..slot.len]
     }
 
     fn slice_mut(&mut self, slot: Slot) -> &mut [T] {
-        // SAFETY: slots lie inside the arena; `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(slot.offset), slot.len) }
-    }
-}
-
-impl<T> Drop for Arena<T> {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { std::alloc::dealloc(self.start.cast(), self.layout) }
+        let elements: &mut [T] = bytemuck::cast_slice_mut(&mut self.map);
+        &mut elements[slot.offset..][..slot.len]
     }
 }

@@ -20,18 +20,21 @@ pub struct Concat;
 impl<T: Real> Kernel<T> for Concat {
     fn run(&self, io: &mut Io<'_, T>) {
         let (y, c) = (io.output(0), io.output_shape(0).c);
-        let rows = rows_of_piece(c);
-        let mut start = 0;
-        for i in 0..io.inputs() {
-            let (x, width) = (io.input(i), io.input_shape(i).c);
-            let pieces = y.par_chunks_mut(rows * c).zip(x.par_chunks(rows * width));
-            pieces.for_each(|(y, x)| {
-                for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(width)) {
-                    y[start..start + width].copy_from_slice(x);
+        let (io, rows) = (&*io, rows_of_piece(c));
+        // All inputs of a piece before the next piece: every line of `y` goes to memory once.
+        y.par_chunks_mut(rows * c)
+            .enumerate()
+            .for_each(|(piece, y)| {
+                let mut start = 0;
+                for i in 0..io.inputs() {
+                    let width = io.input_shape(i).c;
+                    let x = io.input(i)[piece * rows * width..].chunks_exact(width);
+                    for (y, x) in y.chunks_exact_mut(c).zip(x) {
+                        y[start..start + width].copy_from_slice(x);
+                    }
+                    start += width;
                 }
             });
-            start += width;
-        }
     }
 }
 

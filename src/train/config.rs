@@ -245,8 +245,8 @@ impl Config {
                 dropout: 0.2,
             },
             loss: LossConfig {
-                classification: 0.5,
-                consistency: 0.5,
+                classification: 0.2,
+                consistency: 1.0,
                 ramp_start: if tiny { 2.0 } else { 5.0 },
                 ramp_epochs: if tiny { 4.0 } else { 10.0 },
                 kappa: 3.0,
