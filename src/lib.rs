@@ -11,7 +11,8 @@
 //!
 //! # Rooms
 //!
-//! From the ground up; each room depends only on those above it.
+//! From the ground up. [`tape`], [`device`], [`ops`] and [`gradcheck`] make up the engine and know each
+//! other; otherwise a room depends only on those above it.
 //!
 //! | room | what is in it |
 //! |---|---|

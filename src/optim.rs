@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use crate::device::cpu::Io;
 use crate::error::{Error, Result};
+use crate::ops::pointwise::Scale;
 use crate::ops::{Kernel, Op, control};
 use crate::tape::{Tape, Var};
 use crate::tensor::{Real, Shape};
@@ -106,7 +107,7 @@ pub struct AdamW {
 
 impl AdamW {
     /// Appends the update of `parameters`: the norm of `gradients`, which is returned, and the step,
-    /// whose moments become states named `adam.first.NAME` and `adam.second.NAME`. `rules` of `self`
+    /// which is left out where the norm or the scalar `loss` is not finite, and whose moments become states named `adam.first.NAME` and `adam.second.NAME`. `rules` of `self`
     /// pair with `parameters`. `control` is the input described by [`control`].
     ///
     /// # Errors
@@ -116,10 +117,13 @@ impl AdamW {
         self,
         tape: &mut Tape,
         control: Var,
+        loss: Var,
         parameters: &[Var],
         gradients: &[Var],
     ) -> Result<Var> {
-        let norm = tape.push(GlobalNorm, gradients)?;
+        // 0·loss adds nothing to the norm, or makes it NaN if the loss is not finite.
+        let guard = tape.push(Scale { factor: 0.0 }, &[loss])?;
+        let norm = tape.push(GlobalNorm, &[gradients, &[guard]].concat())?;
         let inputs = [&[norm, control], gradients].concat();
         let mut targets = parameters.to_vec();
         for moment in ["adam.first", "adam.second"] {

@@ -672,6 +672,12 @@ fn a_folder_that_is_no_run_and_images_of_one_name_are_refused() {
         &["predict", "run", image, mask, "--out", "out"],
         &["FILE: expected files of different names", image, mask],
     );
+    // BUSI keeps its true masks beside the images, under the name that a predicted one would have.
+    fails(
+        at,
+        &["predict", "run", image, "--out", "data/images"],
+        &["--out: expected a folder apart from the images", image],
+    );
 }
 
 // ---- streams --------------------------------------------------------------------------------

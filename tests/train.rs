@@ -102,6 +102,7 @@ fn adamw_clipping_and_decay_agree_with_pytorch() {
     let control = tape.input("control", Shape::per_channel(control::LEN));
     let parameters = ["p", "q"].map(|n| tape.parameter(n, shapes[usize::from(n == "q")]));
     let gradients = ["g", "h"].map(|n| tape.input(n, shapes[usize::from(n == "h")]));
+    let loss = tape.input("loss", Shape::SCALAR);
     let rule = |decay| Rule {
         decay,
         nonnegative: false,
@@ -115,7 +116,7 @@ fn adamw_clipping_and_decay_agree_with_pytorch() {
         rules: vec![rule(true), rule(false)],
     };
     let norm = adamw
-        .record(&mut tape, control, &parameters, &gradients)
+        .record(&mut tape, control, loss, &parameters, &gradients)
         .unwrap();
     tape.keep(norm);
     let mut session = Session::<f32>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
@@ -154,6 +155,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     let control = tape.input("control", Shape::per_channel(control::LEN));
     let parameter = tape.parameter("p", shape);
     let gradient = tape.input("g", shape);
+    let loss = tape.input("loss", Shape::SCALAR);
     let adamw = AdamW {
         beta1: 0.9,
         beta2: 0.99,
@@ -166,7 +168,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
         }],
     };
     let norm = adamw
-        .record(&mut tape, control, &[parameter], &[gradient])
+        .record(&mut tape, control, loss, &[parameter], &[gradient])
         .unwrap();
     Ema::record(&mut tape, control, norm, &[parameter]).unwrap();
     let mut session = Session::<f64>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
@@ -188,6 +190,12 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
         session.write(gradient, &[0.1, bad, 0.3]);
         session.run();
         assert_eq!(state(&session), before);
+        // A loss that is not finite can have a gradient that is.
+        session.write(gradient, &[0.1, -0.1, 0.3]);
+        session.write(loss, &[bad]);
+        session.run();
+        assert_eq!(state(&session), before);
+        session.write(loss, &[0.0]);
     }
     session.write(gradient, &[0.1, -0.1, 0.3]);
     session.run();
@@ -809,6 +817,26 @@ fn a_run_can_start_from_another_ones_weights() {
     let (first, second) = (read(&first), read(&second));
     let name = "encoder.1.conv2.weight";
     assert_eq!(second.tensor(name), first.tensor(&format!("ema.{name}")));
+
+    // The prior is that of the run's own fold.
+    let [own, afresh] = ["third", "fourth"].map(|name| folder.path().join(name));
+    let other = [
+        ("fold", "1"),
+        ("epochs", "1"),
+        ("optimizer.learning_rate", "0"),
+    ];
+    run(&afresh, &settings(&data, &other), false).unwrap();
+    let with_init = [&other[..], &[("init", init.as_str())]].concat();
+    run(&own, &settings(&data, &with_init), false).unwrap();
+    let (own_read, afresh) = (read(&own), read(&afresh));
+    for name in ["prior.weight", "prior.bias", "prior.mean", "prior.sd"] {
+        assert!(own_read.tensor(name).is_some());
+        assert_eq!(own_read.tensor(name), afresh.tensor(name), "{name}");
+    }
+
+    // Once it has a checkpoint of its own, a run needs the other's no more.
+    std::fs::remove_dir_all(folder.path().join("first")).unwrap();
+    run(&own, &[], true).unwrap();
 }
 
 #[test]

@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = "demo")]
     out: PathBuf,
     /// Same seed, same demo
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(super::SEED_RANGE))]
     seed: u64,
     /// A few images and epochs only, to see that everything runs
     #[arg(long)]
@@ -212,7 +212,7 @@ impl Demo<'_> {
     }
 
     /// What any method must beat: the same mask for every image, the pixels that are lesion in at least
-    /// a certain share of the training masks. The share is the one best on the training masks.
+    /// a certain share of the training site's masks. The share is the one best on those masks.
     fn baseline(&self) -> Result<Row> {
         let size = self.extent.size;
         let source = data::open(&self.spec(SOURCE))?;
@@ -377,7 +377,7 @@ impl Demo<'_> {
         };
         page.table(
             "Mean Dice at original resolution. The first line is the trivial baseline: one mask for every image, made \
-             from the training masks.",
+             from all masks of the training site.",
             &head,
             &table(&|cell| cell.dice),
         );

@@ -42,6 +42,9 @@ use crate::metrics::DatasetMetrics;
 /// Sides of letterboxed images that are accepted, in pixels.
 const SIZE_RANGE: std::ops::RangeInclusive<i64> = 16..=4096;
 
+/// Seeds that are accepted: TOML's integers end here.
+const SEED_RANGE: std::ops::RangeInclusive<u64> = 0..=i64::MAX as u64;
+
 /// The command line.
 #[derive(Parser, Debug)]
 #[command(

@@ -52,7 +52,7 @@ pub struct Args {
     #[arg(long)]
     device: Option<Device>,
     /// Same seed, same run [default: 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(super::SEED_RANGE))]
     seed: Option<u64>,
     /// Leave out all but one of images that are the same bytes
     #[arg(long)]

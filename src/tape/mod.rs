@@ -222,7 +222,7 @@ impl Tape {
     ///
     /// # Errors
     /// [`Error::Shape`] if the targets do not have the shapes the operation writes, are not
-    /// persistent, or are read by the same step.
+    /// persistent, are read by the same step, or name one value twice.
     pub fn update(&mut self, op: impl Op + 'static, inputs: &[Var], targets: &[Var]) -> Result<()> {
         let name = op.name();
         let expected = op.outputs(&self.shapes(inputs))?;
@@ -233,8 +233,9 @@ impl Tape {
                 format!("updates {expected:?}, found targets {found:?}"),
             ));
         }
-        for &target in targets {
-            if self.values[target.index()].kind == Kind::Computed || inputs.contains(&target) {
+        for (i, &target) in targets.iter().enumerate() {
+            let computed = self.values[target.index()].kind == Kind::Computed;
+            if computed || inputs.contains(&target) || targets[..i].contains(&target) {
                 return Err(Error::shape(
                     name,
                     format!("cannot update {} in place", self.name(target)),

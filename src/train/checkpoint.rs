@@ -113,7 +113,9 @@ impl Checkpoint {
         let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
         let text = text.ok_or_else(|| not_ours("no metadata of that name".into()))?;
         let Metadata { position, config } =
-            toml::from_str(text).map_err(|e| not_ours(e.to_string().trim().into()))?;
+            toml::from_str(text).map_err(|e: toml::de::Error| {
+                not_ours(e.message().lines().next().unwrap_or_default().into())
+            })?;
         let mut tensors = HashMap::new();
         for (name, view) in file.tensors() {
             let &[n, h, w, c] = view.shape() else {
@@ -192,7 +194,8 @@ impl Checkpoint {
     ) -> Result<Vec<String>> {
         let prefix = weights_prefix(&self.config);
         let own = |name: &str| {
-            !["adam.", "ema."]
+            // The prior belongs to the masks of its fold.
+            !["adam.", "ema.", "prior."]
                 .iter()
                 .any(|prefix| name.starts_with(prefix))
         };

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use super::run::{MANIFEST, Manifest};
-use super::{Model, Report, stop};
+use super::{Model, Report, select, stop};
 use crate::data::{self, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage, write_csv, write_json};
@@ -49,14 +49,7 @@ pub fn evaluate(
     let mut model = Model::open(args.run)?;
     let manifest = Manifest::read(&args.run.join(MANIFEST))?;
     let source = data::open(args.data)?;
-    let (mut subset, drops) = if args.drop_duplicates {
-        data::without_duplicates(source.cases())
-    } else {
-        ((0..source.cases().len()).collect(), Vec::new())
-    };
-    for drop in source.drops().iter().chain(&drops) {
-        report.line(&format!("left out {}: {}", drop.file, drop.reason));
-    }
+    let (mut subset, _) = select(&*source, args.drop_duplicates, report);
     let before = subset.len();
     if !args.include_training {
         let seen: HashSet<&str> = manifest.train.iter().map(|i| i.sha256.as_str()).collect();

@@ -16,6 +16,7 @@ pub mod step;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::data::{self, Source};
 use crate::error::{Error, Result};
 
 pub use config::Config;
@@ -45,3 +46,26 @@ pub(crate) fn stop(interrupt: &AtomicBool) -> Result<()> {
 
 /// Silence.
 impl Report for () {}
+
+/// The cases to work with, and all images left out: by the reader, and exact duplicates if asked for.
+/// Both, and every group of duplicates, are reported by name.
+fn select(
+    source: &dyn Source,
+    drop_duplicates: bool,
+    report: &dyn Report,
+) -> (Vec<usize>, Vec<data::Drop>) {
+    let cases = source.cases();
+    for group in data::duplicates(cases) {
+        let names: Vec<_> = group.iter().map(|&i| cases[i].image.as_str()).collect();
+        report.line(&format!("the same bytes: {}", names.join(", ")));
+    }
+    let (subset, duplicates) = match drop_duplicates {
+        true => data::without_duplicates(cases),
+        false => ((0..cases.len()).collect(), Vec::new()),
+    };
+    let drops = [source.drops(), &duplicates].concat();
+    for drop in &drops {
+        report.line(&format!("left out {}: {}", drop.file, drop.reason));
+    }
+    (subset, drops)
+}

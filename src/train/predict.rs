@@ -53,8 +53,9 @@ pub struct Prediction {
 /// Predicts, and writes `STEM_mask.png`, `STEM_overlay.png` and `predictions.json`.
 ///
 /// # Errors
-/// [`Error::Argument`] if there are no files or two of one stem, whose results would overwrite each
-/// other; [`Error::File`] if the run, an image or the results cannot be read or written;
+/// [`Error::Argument`] if there are no files, two of one stem, whose results would overwrite each other,
+/// or `out` is a folder that holds one of them, where data sets keep true masks under the names that
+/// the results would have; [`Error::File`] if the run, an image or the results cannot be read or written;
 /// [`Error::Interrupted`].
 pub fn predict(
     args: &PredictArgs<'_>,
@@ -62,6 +63,7 @@ pub fn predict(
     interrupt: &AtomicBool,
 ) -> Result<Vec<Prediction>> {
     let stems = stems(args.files)?;
+    apart(args.files, args.out)?;
     let mut model = Model::open(args.run)?;
     let size = model.config().size;
     // An image that cannot be read should stop the work before results of others are replaced.
@@ -126,6 +128,28 @@ pub fn predict(
     json.push(b'\n');
     image::write_atomically(&path, &json)?;
     Ok(predictions)
+}
+
+/// Refuses to write results beside the images.
+fn apart(files: &[PathBuf], out: &Path) -> Result<()> {
+    let Ok(folder) = out.canonicalize() else {
+        return Ok(()); // It does not exist yet.
+    };
+    let beside = |file: &&PathBuf| {
+        let file = file.canonicalize().ok();
+        file.is_some_and(|file| file.parent() == Some(&folder))
+    };
+    match files.iter().find(beside) {
+        None => Ok(()),
+        Some(file) => {
+            let problem = format!(
+                "expected a folder apart from the images, found {} in {}",
+                file.display(),
+                out.display()
+            );
+            Err(Error::argument("--out", problem))
+        }
+    }
 }
 
 fn stems(files: &[PathBuf]) -> Result<Vec<String>> {

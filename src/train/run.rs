@@ -13,7 +13,7 @@ use super::config::{Arm, Config, PriorStart};
 use super::evaluate::{examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
-use super::{Model, Report, schedule, stop};
+use super::{Model, Report, schedule, select, stop};
 use crate::data::image::write_atomically;
 use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
 use crate::data::split::{self, Fold};
@@ -161,7 +161,11 @@ fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
             None => own.clone().with(args.settings)?,
         };
         return match own.difference(&asked) {
-            None => Ok(own),
+            // Who prepares the batches does not show in them.
+            None => Ok(Config {
+                workers: asked.workers,
+                ..own
+            }),
             Some((key, ours, theirs)) => {
                 let problem =
                     format!("expected {ours}, as the run to resume has it, found {theirs}");
@@ -205,19 +209,7 @@ impl Data {
     fn open(config: &Config, report: &dyn Report, interrupt: &AtomicBool) -> Result<Self> {
         let source = data::open(&config.data)?;
         let cases = source.cases();
-        let (mut subset, mut drops) = if config.drop_duplicates {
-            data::without_duplicates(cases)
-        } else {
-            ((0..cases.len()).collect(), Vec::new())
-        };
-        drops.splice(..0, source.drops().iter().cloned());
-        for drop in &drops {
-            report.line(&format!("left out {}: {}", drop.file, drop.reason));
-        }
-        for group in data::duplicates(cases) {
-            let names: Vec<_> = group.iter().map(|&i| cases[i].image.as_str()).collect();
-            report.line(&format!("the same bytes: {}", names.join(", ")));
-        }
+        let (mut subset, drops) = select(&*source, config.drop_duplicates, report);
         subset.retain(|&i| cases[i].label.is_lesion());
         let (folds, fold) = (config.folds, config.fold);
         let fold = split::fold(cases, &subset, folds, fold, config.fold_seed)?;
@@ -369,7 +361,8 @@ impl<'a> Run<'a> {
     fn new(out: &'a Path, config: Config, data: Data, report: &'a dyn Report) -> Result<Self> {
         let step = TrainingStep::record(&config, data.prior.is_some())?;
         let mut session = step.session(config.seed, data.prior.as_ref())?;
-        if !config.init.is_empty() {
+        // A checkpoint of its own holds everything; the run then needs no other's.
+        if !config.init.is_empty() && !out.join(LAST).is_file() {
             let path = Path::new(&config.init);
             let checkpoint = Checkpoint::read(path)?;
             let missing = checkpoint.initialise(path, &step.tape, &mut session)?;
@@ -536,7 +529,7 @@ impl<'a> Run<'a> {
             session.read(self.step.norm)[0],
         );
         if !(loss.is_finite() && norm.is_finite()) {
-            // The optimizer has left everything as it was, so the same step can be run again.
+            // The optimizer has left the parameters as they were, so the same step can be run again.
             let tensor = session.run_checked();
             let cases = self.data.source.cases();
             let name = |&i: &usize| cases[self.data.fold.train[i]].image.clone();

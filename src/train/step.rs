@@ -108,7 +108,7 @@ impl TrainingStep {
             },
             rules: parameters.iter().map(rule).collect(),
         };
-        let norm = adamw.record(&mut tape, control, &parameters, &gradients)?;
+        let norm = adamw.record(&mut tape, control, terms.total, &parameters, &gradients)?;
         tape.keep(norm);
         if optimizer.ema > 0.0 {
             let running = starts.iter().map(|&(var, _)| var);
