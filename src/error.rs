@@ -39,6 +39,14 @@ pub enum Error {
         /// What was expected and what was found.
         problem: String,
     },
+    /// A device that is missing or refuses, or a kernel at fault.
+    #[error("{name}: {problem}")]
+    Device {
+        /// The device (`cuda`, `emulator`) or the kernel.
+        name: String,
+        /// What was expected and what was found.
+        problem: String,
+    },
     /// A NaN or infinity that appeared during a training step.
     #[error("non-finite value at step {step}, first in {tensor} (images: {})", images.join(", "))]
     NonFinite {
@@ -80,6 +88,14 @@ impl Error {
     /// An [`Error::Argument`].
     pub fn argument(name: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Argument {
+            name: name.into(),
+            problem: problem.into(),
+        }
+    }
+
+    /// An [`Error::Device`].
+    pub fn device(name: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Device {
             name: name.into(),
             problem: problem.into(),
         }

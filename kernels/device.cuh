@@ -1,0 +1,249 @@
+// What every kernel file stands on: storage types, vector access, shared memory, reductions, and
+// all inline PTX. Where a function has two bodies, the first is for the GPU and the second for the
+// emulator (emulator/emulator.h); kernels themselves have one.
+//
+// No headers are included, so that NVRTC needs no include path.
+#pragma once
+
+#ifndef ECHOGRAD_EMULATOR
+#define ECHOGRAD_EMULATOR 0
+#endif
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// ---- Shared memory ----
+
+template <class T, int... Sizes>
+struct SharedType {
+    using Type = T;
+};
+template <class T, int Size, int... Sizes>
+struct SharedType<T, Size, Sizes...> {
+    using Type = typename SharedType<T, Sizes...>::Type[Size];
+};
+
+// SHARED(float, tile, 32, 33): an array float tile[32][33] of the block, aligned to 16 bytes.
+// DYNAMIC_SHARED(float, rows): a float* to the launch's dynamic shared memory, aligned to 128.
+#if !ECHOGRAD_EMULATOR
+#define SHARED(type, name, ...) \
+    __shared__ __align__(16) typename SharedType<type, __VA_ARGS__>::Type name
+#define DYNAMIC_SHARED(type, name)                                   \
+    extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+    type* const name = reinterpret_cast<type*>(dynamic_shared)
+#else
+#define SHARED(type, name, ...)                                                                  \
+    auto& name = *static_cast<typename SharedType<type, __VA_ARGS__>::Type*>(                    \
+        emulator::shared_array([] { static constexpr char here = 0; return &here; }(), #name,    \
+                               sizeof(typename SharedType<type, __VA_ARGS__>::Type),             \
+                               emulator::Where::current()))
+#define DYNAMIC_SHARED(type, name) \
+    type* const name = static_cast<type*>(emulator::dynamic_shared(sizeof(type)))
+#endif
+
+// ---- Storage types ----
+
+// bfloat16 and IEEE half as stored; arithmetic is in float.
+struct bf16 {
+    unsigned short bits;
+};
+struct f16 {
+    unsigned short bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+#if !ECHOGRAD_EMULATOR && __CUDA_ARCH__ >= 800
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+#else
+    unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+    return {static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
+}
+
+// Two bf16 in one register, the first in the low half.
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+#if !ECHOGRAD_EMULATOR && __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return from_float<bf16>(low).bits | static_cast<unsigned>(from_float<bf16>(high).bits) << 16;
+#endif
+}
+
+// f32 rounded to the 10 mantissa bits of tf32, to nearest, ties away from zero.
+__device__ __forceinline__ unsigned to_tf32(float x) {
+#if !ECHOGRAD_EMULATOR && __CUDA_ARCH__ >= 800
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+#else
+    unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
+    return (bits + 0x1000u) & 0xffffe000u;
+#endif
+}
+
+// ---- Vector access ----
+
+// Count elements that are moved as one, 16 bytes at most; addresses must be multiples of its size.
+template <class T, int Count>
+struct __align__(sizeof(T) * Count) Vector {
+    static_assert(sizeof(T) * Count <= 16 && (Count & (Count - 1)) == 0, "one load at most");
+    T at[Count];
+};
+
+// ---- Reductions: fixed trees, so the same bits at every run ----
+
+struct Sum {
+    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// The reduction over all 32 lanes, in every lane.
+template <class F>
+__device__ __forceinline__ float warp_reduce(float x, F combine) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        x = combine(x, __shfl_xor_sync(kFullWarp, x, offset));
+    }
+    return x;
+}
+
+// The reduction over a block of Threads threads (a multiple of 32), in every thread. All of them
+// must call it. `scratch` is Threads / 32 floats of shared memory, free again after the next barrier.
+template <int Threads, class F>
+__device__ __forceinline__ float block_reduce(float x, float* scratch, F combine) {
+    static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps");
+    x = warp_reduce(x, combine);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < Threads / 32; ++warp) x = combine(x, scratch[warp]);
+    return x;
+}
+
+// ---- cp.async: global to shared memory behind the threads' backs (a plain copy before sm_80) ----
+
+// Copies `valid` of Bytes (4, 8 or 16) and fills up with zeros. Both addresses are multiples of Bytes.
+template <int Bytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, int valid = Bytes) {
+    static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "sizes of cp.async");
+#if ECHOGRAD_EMULATOR
+    emulator::cp_async(shared, global, Bytes, valid);
+#elif __CUDA_ARCH__ >= 800
+    unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    if constexpr (Bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     ::"r"(to), "l"(__cvta_generic_to_global(global)), "r"(valid) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     ::"r"(to), "l"(__cvta_generic_to_global(global)), "n"(Bytes), "r"(valid)
+                     : "memory");
+    }
+#else
+    for (int i = 0; i < Bytes; ++i) {
+        static_cast<char*>(shared)[i] = i < valid ? static_cast<const char*>(global)[i] : char(0);
+    }
+#endif
+}
+
+// Closes the group of the copies issued since the last one.
+__device__ __forceinline__ void cp_async_commit() {
+#if ECHOGRAD_EMULATOR
+    emulator::cp_async_commit();
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most Pending of this thread's groups are unfinished. Other threads see the data
+// after a barrier that follows.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+#if ECHOGRAD_EMULATOR
+    emulator::cp_async_wait(Pending);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// ---- Tensor cores (sm_80 on); fragments as in the PTX manual ----
+
+#if ECHOGRAD_EMULATOR || __CUDA_ARCH__ >= 750
+// Loads Count (1, 2, 4) 8×8 matrices of 16-bit elements from shared memory. Lane i gives the address
+// of row i % 8 of matrix i / 8, 16 bytes on a multiple of 16; register m of lane i receives elements
+// 2(i % 4) and the next of row i / 4 of matrix m, or of the transposed matrix.
+template <int Count, bool Transpose = false>
+__device__ __forceinline__ void ldmatrix(unsigned (&fragments)[Count], const void* row) {
+    static_assert(Count == 1 || Count == 2 || Count == 4, "sizes of ldmatrix");
+#if ECHOGRAD_EMULATOR
+    emulator::ldmatrix(fragments, Count, Transpose, row, emulator::Where::current());
+#else
+    unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (Count == 1 && !Transpose) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                     : "=r"(fragments[0]) : "r"(from) : "memory");
+    } else if constexpr (Count == 1) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                     : "=r"(fragments[0]) : "r"(from) : "memory");
+    } else if constexpr (Count == 2 && !Transpose) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(fragments[0]), "=r"(fragments[1]) : "r"(from) : "memory");
+    } else if constexpr (Count == 2) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(fragments[0]), "=r"(fragments[1]) : "r"(from) : "memory");
+    } else if constexpr (!Transpose) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                     : "r"(from) : "memory");
+    } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                     : "r"(from) : "memory");
+    }
+#endif
+}
+#endif
+
+#if ECHOGRAD_EMULATOR || __CUDA_ARCH__ >= 800
+#if ECHOGRAD_EMULATOR
+#define ECHOGRAD_MMA(element, instruction) \
+    emulator::mma(emulator::Element::element, d, a, b, emulator::Where::current())
+#else
+#define ECHOGRAD_MMA(element, instruction)                                                       \
+    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"  \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#endif
+// d (16×8) += a (16×16, rows) · b (16×8, columns), over one warp.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    ECHOGRAD_MMA(Bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
+}
+__device__ __forceinline__ void mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    ECHOGRAD_MMA(F16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
+}
+// d (16×8) += a (16×8, rows) · b (8×8, columns); operands from to_tf32.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    ECHOGRAD_MMA(Tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
+}
+#undef ECHOGRAD_MMA
+#endif
