@@ -124,6 +124,7 @@ fn compile(root: &Path, out: &Path) -> Result<Vec<String>, Problem> {
     let broken = |e: cc::Error| Problem::Broken(e.to_string());
     let objects = kernels.try_compile_intermediates().map_err(broken)?;
 
+    let compiler = base.get_compiler();
     let mut runtime = base;
     if let Some(define) = define {
         runtime.define(define, None);
@@ -134,12 +135,22 @@ fn compile(root: &Path, out: &Path) -> Result<Vec<String>, Problem> {
         .try_compile("echograd_emulator")
         .map_err(broken)?;
     println!("cargo::rustc-cfg=echograd_emulator_checks=\"{chosen}\"");
-    // rustc links with -nodefaultlibs, which keeps the compiler from adding the runtime itself; as a
-    // shared library it would come after libc, whose functions it must replace.
     if let Some(library) = link {
-        println!("cargo::rustc-link-arg=-Wl,--whole-archive,-l:lib{library}.a,--no-whole-archive");
+        link_sanitizer(library, &compiler);
     }
     Ok(names)
+}
+
+/// rustc links with -nodefaultlibs, which keeps the compiler from adding a sanitizer's runtime itself.
+/// As a shared library it would come after libc, whose functions it replaces, and without its
+/// `preinit` object it would begin after the libraries that call them.
+fn link_sanitizer(library: &str, compiler: &cc::Tool) {
+    let query = format!("-print-file-name=lib{library}_preinit.o");
+    if let Ok(answer) = compiler.to_command().arg(query).output() {
+        let object = String::from_utf8_lossy(&answer.stdout);
+        println!("cargo::rustc-link-arg={}", object.trim());
+    }
+    println!("cargo::rustc-link-arg=-Wl,--whole-archive,-l:lib{library}.a,--no-whole-archive");
 }
 
 /// Compiles one line of C++20, to tell a missing compiler from a broken kernel.

@@ -71,6 +71,7 @@ mod linked {
 
     unsafe extern "C" {
         pub(super) safe fn echograd_emulator_begin();
+        pub(super) safe fn echograd_emulator_end();
         pub(super) fn echograd_emulator_block(
             launch: *const LaunchSpec,
             index: u64,
@@ -91,6 +92,7 @@ mod linked {
     use super::{Entry, LaunchSpec, Report};
 
     pub(super) fn echograd_emulator_begin() {}
+    pub(super) fn echograd_emulator_end() {}
     pub(super) unsafe fn echograd_emulator_block(
         _: *const LaunchSpec,
         _: u64,
@@ -229,6 +231,7 @@ pub unsafe fn launch(
         let fine = unsafe { linked::echograd_emulator_block(spec, index, &mut report) };
         (!fine).then(|| report.describe())
     });
+    linked::echograd_emulator_end();
     problem.map_or(Ok(()), |problem| Err(Error::device(name, problem)))
 }
 
