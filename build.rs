@@ -5,14 +5,35 @@
 //!   tests on real data show as ignored where there is none.
 //! - With `--features emulator` and a C++ compiler, the CUDA kernels are built for the CPU and
 //!   `cfg(echograd_emulator)` is set.
+//! - With `--features cuda` they are embedded for the GPU: compiled if there is an nvcc, else as
+//!   sources.
 
 #[cfg(feature = "emulator")]
-#[path = "build/emulator.rs"]
+#[path = "kernels/build/emulator.rs"]
 mod emulator;
+#[cfg(feature = "cuda")]
+#[path = "kernels/build/nvcc.rs"]
+mod nvcc;
+
+/// The .cu files of some folders, sorted.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+fn sources(folders: &[&str]) -> Vec<std::path::PathBuf> {
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo");
+    let root = std::path::Path::new(&root);
+    let mut sources: Vec<_> = folders
+        .iter()
+        .filter_map(|folder| std::fs::read_dir(root.join(folder)).ok())
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    sources.sort();
+    sources
+}
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=build");
+    println!("cargo::rerun-if-changed=kernels/build");
     println!("cargo::rerun-if-env-changed=ECHOGRAD_DATA");
     println!("cargo::rustc-check-cfg=cfg(echograd_data)");
     if std::env::var_os("ECHOGRAD_DATA").is_some_and(|folder| !folder.is_empty()) {
@@ -23,5 +44,7 @@ fn main() {
         r#"cargo::rustc-check-cfg=cfg(echograd_emulator_checks, values("own", "address", "thread", "off"))"#
     );
     #[cfg(feature = "emulator")]
-    emulator::build();
+    emulator::build(&sources(&["kernels", "kernels/selftest"]));
+    #[cfg(feature = "cuda")]
+    nvcc::build(&sources(&["kernels"]));
 }

@@ -1,5 +1,7 @@
 //! What a tape runs on.
 
+#[cfg(feature = "cuda")]
+pub mod code;
 pub mod cpu;
 #[cfg(feature = "emulator")]
 pub mod emulator;

@@ -21,12 +21,12 @@ struct Kernel {
     bounds: Option<String>,
 }
 
-pub fn build() {
+pub fn build(files: &[PathBuf]) {
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-env-changed=ECHOGRAD_EMULATOR_SANITIZE");
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo")).join("emulator");
-    match compile(&root, &out) {
+    match compile(&root, files, &out) {
         Ok(names) => {
             fs::write(out.join("kernels.rs"), registry(&names)).expect("OUT_DIR is writable");
             println!("cargo::rustc-cfg=echograd_emulator");
@@ -51,7 +51,7 @@ enum Problem {
     Broken(String),
 }
 
-fn compile(root: &Path, out: &Path) -> Result<Vec<String>, Problem> {
+fn compile(root: &Path, files: &[PathBuf], out: &Path) -> Result<Vec<String>, Problem> {
     fs::create_dir_all(out).expect("OUT_DIR is writable");
     let shim = root.join("kernels/emulator/emulator.h");
     let mut base = cc::Build::new();
@@ -99,13 +99,13 @@ fn compile(root: &Path, out: &Path) -> Result<Vec<String>, Problem> {
     }
     let mut names = Vec::new();
     let mut sources = Vec::new();
-    for source in sources_of(root) {
+    for source in files {
         let mut scan = base.clone();
         scan.define("ECHOGRAD_SCAN", None)
             .flag("-include")
             .flag(&shim)
             .flag("-xc++")
-            .file(&source);
+            .file(source);
         let text = scan
             .try_expand()
             .map_err(|e| Problem::Broken(format!("{}: {e}", source.display())))?;
@@ -176,19 +176,6 @@ fn probe(base: &cc::Build, out: &Path) -> Result<(), Problem> {
         .try_compile_intermediates()
         .map(|_| ())
         .map_err(|_| Problem::NoCompiler(format!("`{program}` did not compile a line of it")))
-}
-
-/// Every .cu file under kernels/, sorted.
-fn sources_of(root: &Path) -> Vec<PathBuf> {
-    let mut sources: Vec<_> = [root.join("kernels"), root.join("kernels/selftest")]
-        .iter()
-        .filter_map(|folder| fs::read_dir(folder).ok())
-        .flatten()
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
-        .collect();
-    sources.sort();
-    sources
 }
 
 /// Finds `extern "C" __global__ void [__launch_bounds__(…)] NAME(` in preprocessed text.
