@@ -856,49 +856,56 @@ float half_to_float(uint16_t half) {
     return sign != 0 ? -magnitude : magnitude;
 }
 
-float element_16(Element element, unsigned pair, unsigned half) {
-    uint16_t bits = static_cast<uint16_t>(pair >> 16 * half);
-    return element == Element::Bf16 ? __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16)
-                                    : half_to_float(bits);
+constexpr int kRows = 16, kColumns = 8;
+
+#if defined(__x86_64__) && !defined(ECHOGRAD_ADDRESS) && !defined(ECHOGRAD_THREAD)
+// Chosen when the program is loaded, which is too early for the sanitizers' start.
+__attribute__((target_clones("arch=x86-64-v3", "default")))
+#endif
+void accumulate(double (&d)[kRows][kColumns], const double* a, const double* b, int depth) {
+    for (int row = 0; row < kRows; ++row) {
+        for (int k = 0; k < depth; ++k) {
+            for (int column = 0; column < kColumns; ++column) {
+                d[row][column] += a[row * depth + k] * b[k * kColumns + column];
+            }
+        }
+    }
 }
 
-// Fragments of mma.sync, PTX ISA "Matrix Fragments for mma.m16n8k16" and "…m16n8k8". Products of
-// 16-bit operands are exact in f64, the sum is rounded once; tensor cores round in other ways.
-void multiply(Element element, Warp& warp) {
-    constexpr int kRows = 16, kColumns = 8, kDepth = 16;
-    const int depth = element == Element::Tf32 ? 8 : kDepth;
-    double a[kRows][kDepth], b[kDepth][kColumns], d[kRows][kColumns];
+template <Element E>
+float element(unsigned word, int half) {
+    if constexpr (E == Element::Tf32) return __builtin_bit_cast(float, word & 0xffffe000);
+    uint16_t bits = static_cast<uint16_t>(word >> 16 * half);
+    if constexpr (E == Element::F16) return half_to_float(bits);
+    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
+
+// Fragments of mma.sync, PTX ISA "Matrix Fragments for mma.m16n8k16" and "...m16n8k8": a register
+// holds `each` neighbours along k. Products of 16-bit operands are exact in f64, the sum is rounded
+// once; tensor cores round in other ways.
+template <Element E>
+void multiply(Warp& warp) {
+    constexpr int each = E == Element::Tf32 ? 1 : 2, depth = 8 * each;
+    double a[kRows * depth], b[depth * kColumns], d[kRows][kColumns];
     for (int lane = 0; lane < 32; ++lane) {
-        const unsigned* fa = static_cast<const unsigned*>(warp.thread[lane].pointers[0]);
-        const unsigned* fb = static_cast<const unsigned*>(warp.thread[lane].pointers[1]);
-        const float* fd = static_cast<const float*>(warp.thread[lane].pointers[2]);
+        const Thread& thread = warp.thread[lane];
+        const unsigned* fa = static_cast<const unsigned*>(thread.pointers[0]);
+        const unsigned* fb = static_cast<const unsigned*>(thread.pointers[1]);
+        const float* fd = static_cast<const float*>(thread.pointers[2]);
         int group = lane / 4, member = lane % 4;
         for (int i = 0; i < 4; ++i) {
-            int row = group + 8 * (i & 1);
-            if (element == Element::Tf32) {
-                a[row][member + 4 * (i >> 1)] = __builtin_bit_cast(float, fa[i] & 0xffffe000);
-            } else {
-                for (unsigned half = 0; half < 2; ++half) {
-                    a[row][2 * member + 8 * (i >> 1) + half] = element_16(element, fa[i], half);
-                }
-            }
+            int row = group + 8 * (i & 1), k = each * (member + 4 * (i >> 1));
+            for (int half = 0; half < each; ++half) a[row * depth + k + half] = element<E>(fa[i], half);
             d[group + 8 * (i >> 1)][2 * member + (i & 1)] = fd[i];
         }
         for (int i = 0; i < 2; ++i) {
-            if (element == Element::Tf32) {
-                b[member + 4 * i][group] = __builtin_bit_cast(float, fb[i] & 0xffffe000);
-            } else {
-                for (unsigned half = 0; half < 2; ++half) {
-                    b[2 * member + 8 * i + half][group] = element_16(element, fb[i], half);
-                }
+            int k = each * (member + 4 * i);
+            for (int half = 0; half < each; ++half) {
+                b[(k + half) * kColumns + group] = element<E>(fb[i], half);
             }
         }
     }
-    for (int row = 0; row < kRows; ++row) {
-        for (int k = 0; k < depth; ++k) {
-            for (int column = 0; column < kColumns; ++column) d[row][column] += a[row][k] * b[k][column];
-        }
-    }
+    accumulate(d, a, b, depth);
     for (int lane = 0; lane < 32; ++lane) {
         float* fd = static_cast<float*>(const_cast<void*>(warp.thread[lane].pointers[2]));
         for (int i = 0; i < 4; ++i) {
@@ -1225,8 +1232,15 @@ void mma(Element element, float* d, const unsigned* a, const unsigned* b, Where 
     thread.pointers[0] = a;
     thread.pointers[1] = b;
     thread.pointers[2] = d;
+    auto function = [element](Warp& warp, unsigned) {
+        switch (element) {
+            case Element::Bf16: return multiply<Element::Bf16>(warp);
+            case Element::F16: return multiply<Element::F16>(warp);
+            case Element::Tf32: return multiply<Element::Tf32>(warp);
+        }
+    };
     collective(element == Element::Tf32 ? "mma.m16n8k8" : "mma.m16n8k16", ~0u, where, ECHOGRAD_CALLER,
-               [=](Warp& warp, unsigned) { multiply(element, warp); });
+               function);
 }
 
 // ---- Blocks ----
