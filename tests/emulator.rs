@@ -1,5 +1,5 @@
 //! The emulator against plain loops, and against bugs planted for it to find.
-#![cfg(feature = "emulator")]
+#![cfg(echograd_emulator)]
 
 use std::ffi::c_void;
 

@@ -32,8 +32,8 @@ pub fn build(files: &[PathBuf]) {
             println!("cargo::rustc-cfg=echograd_emulator");
         }
         Err(Problem::NoCompiler(found)) => {
-            let problem = format!("no emulator: a C++20 compiler is needed, and {found}");
-            println!("cargo::warning={problem}");
+            let problem = format!("not built: a C++20 compiler is needed, and {found}");
+            println!("cargo::warning=emulator {problem}");
             println!("cargo::rustc-env=ECHOGRAD_NO_EMULATOR={problem}");
         }
         Err(Problem::Broken(message)) => {
@@ -93,6 +93,7 @@ fn compile(root: &Path, files: &[PathBuf], out: &Path) -> Result<Vec<String>, Pr
     };
 
     let mut kernels = base.clone();
+    kernels.cargo_warnings(true);
     kernels.flag("-include").flag(&shim);
     if let Some(flag) = checks {
         kernels.flag(flag);
@@ -130,6 +131,7 @@ fn compile(root: &Path, files: &[PathBuf], out: &Path) -> Result<Vec<String>, Pr
         runtime.define(define, None);
     }
     runtime
+        .cargo_warnings(true)
         .file(root.join("kernels/emulator/runtime.cpp"))
         .objects(objects)
         .try_compile("echograd_emulator")

@@ -89,7 +89,8 @@ fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>,
         let output = child.wait_with_output().map_err(|e| e.to_string())?;
         if !output.status.success() {
             let message = String::from_utf8_lossy(&output.stderr);
-            return Err(message.lines().next().unwrap_or("failed").to_owned());
+            let error = message.lines().find(|line| line.contains("error"));
+            return Err(error.unwrap_or("failed").to_owned());
         }
         files.push(fatbin);
     }

@@ -400,3 +400,16 @@ impl Drop for Buffer {
         }
     }
 }
+
+#[cfg(all(test, not(echograd_emulator)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_build_without_compiler_says_so_at_every_launch() {
+        // SAFETY: there is nothing that could run.
+        let launched = unsafe { launch("any", [1; 3], [1; 3], 0, &mut []) };
+        let problem = launched.unwrap_err().to_string();
+        assert!(problem.contains("a C++20 compiler is needed"), "{problem}");
+    }
+}
