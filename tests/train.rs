@@ -82,8 +82,9 @@ fn a_replay_allocates_nothing_and_the_arena_is_what_the_plan_says() {
         let bytes = plan.len() * size_of::<f32>();
         LARGEST.set(0);
         let session = Session::<f32>::new(plan).unwrap();
-        assert_eq!(LARGEST.get(), bytes);
-        drop(session);
+        assert_eq!(session.bytes(), bytes);
+        // The arena is mapped; what comes from the heap beside it is bookkeeping.
+        assert!(LARGEST.get() < bytes / 100, "{} bytes", LARGEST.get());
     });
 }
 

@@ -153,6 +153,11 @@ impl<T: Element> Session<T> {
         &self.plan
     }
 
+    /// Bytes reserved for the arena, all that the session needs beside its plan.
+    pub fn bytes(&self) -> usize {
+        self.arena.map.len()
+    }
+
     /// The elements of a persistent or kept value.
     ///
     /// # Panics
