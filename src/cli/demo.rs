@@ -241,10 +241,12 @@ impl Demo<'_> {
             }
         }
         let map = at_share(best.1);
-        let mut cells = vec![Cell::new(
-            format!("{SOURCE} (all)"),
-            &constant(&*source, &map)?,
-        )];
+        // It was made from all of the site's masks: none is held out to test it on.
+        let mut cells = vec![Cell {
+            data: SOURCE.to_string(),
+            dice: None,
+            auc: None,
+        }];
         for site in TARGETS {
             let target = data::open(&self.spec(site))?;
             cells.push(Cell::new(site.to_string(), &constant(&*target, &map)?));
@@ -386,10 +388,17 @@ impl Demo<'_> {
             &head,
             &table(&|cell| cell.auc),
         );
+        page.paragraph(&format!(
+            "One seed and {test} images a site: small differences between the two networks mean nothing."
+        ));
         page.section("How they learned");
-        for (column, label) in [
-            ("val_dice", "Dice, held-out part of site A"),
-            ("loss", "training loss"),
+        for (column, label, caption) in [
+            ("val_dice", "Dice, held-out part of site A", ""),
+            (
+                "loss",
+                "training loss",
+                "The consistency network's loss has one term more.",
+            ),
         ] {
             let series: Vec<Series> = ARMS
                 .into_iter()
@@ -401,7 +410,7 @@ impl Demo<'_> {
                     })
                 })
                 .collect::<Result<_>>()?;
-            page.figure(&curves("epoch", label, &series)?, "");
+            page.figure(&curves("epoch", label, &series)?, caption);
         }
         page.section("What was drawn");
         page.paragraph(

@@ -36,6 +36,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::device::simd::Level;
 use crate::error::Error;
 use crate::metrics::DatasetMetrics;
 
@@ -90,6 +91,16 @@ impl Cli {
     /// # Errors
     /// Whatever the command meets.
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        if let Some(wanted) = std::env::var_os("ECHOGRAD_ISA") {
+            let known: Vec<&str> = Level::available().map(Level::name).collect();
+            if !known.iter().any(|name| wanted == **name) {
+                let problem = format!(
+                    "expected an instruction set of this machine ({}), found {wanted:?}",
+                    known.join(", ")
+                );
+                return Err(Error::argument("ECHOGRAD_ISA", problem).into());
+            }
+        }
         if let Some(threads) = self.threads {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(threads.into())
