@@ -185,7 +185,7 @@ pub fn curves(x_label: &str, y_label: &str, series: &[Series]) -> Result<String>
                 .configure_mesh()
                 .x_desc(x_label)
                 .y_desc(y_label)
-                .x_label_formatter(&|x| format!("{x}"))
+                .x_label_formatter(&|x| format!("{}", (x * 1e3).round() / 1e3))
                 .light_line_style(TRANSPARENT)
                 .bold_line_style(BLACK.mix(0.12))
                 .label_style(("sans-serif", 15))
