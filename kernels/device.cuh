@@ -108,6 +108,11 @@ struct __align__(sizeof(T) * Count) Vector {
     T at[Count];
 };
 
+template <int Bytes>
+__device__ __forceinline__ bool is_aligned(const void* address) {
+    return reinterpret_cast<unsigned long long>(address) % Bytes == 0;
+}
+
 // ---- Reductions: fixed trees, so the same bits at every run ----
 
 struct Sum {

@@ -47,6 +47,12 @@ pub enum Error {
         /// What was expected and what was found.
         problem: String,
     },
+    /// An operation that GPUs have no kernel for yet.
+    #[error("{op}: has no CUDA kernel yet; use --device cpu")]
+    NoKernel {
+        /// The operation's name.
+        op: &'static str,
+    },
     /// A NaN or infinity that appeared during a training step.
     #[error("non-finite value at step {step}, first in {tensor} (images: {})", images.join(", "))]
     NonFinite {

@@ -267,6 +267,7 @@ fn bits_depend_on_neither_threads_nor_plan_and_agree_with_f64() {
                     let options = Options {
                         recompute,
                         in_place,
+                        ..Options::default()
                     };
                     for pool in &pools {
                         let again = pool.install(|| run::<f32>(&case, &d, seed, options));

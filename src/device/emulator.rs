@@ -372,6 +372,12 @@ impl Buffer {
         bytemuck::cast_slice(bytes).to_vec()
     }
 
+    /// The contents, to be written. No launch may be running.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: initialised by `new`; borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+    }
+
     /// The address that kernels are given.
     pub fn address(&self) -> *mut c_void {
         self.start.as_ptr().cast()

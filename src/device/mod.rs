@@ -5,5 +5,6 @@ pub mod code;
 pub mod cpu;
 #[cfg(feature = "emulator")]
 pub mod emulator;
+pub mod gpu;
 pub mod philox;
 pub mod simd;

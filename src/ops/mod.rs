@@ -32,6 +32,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::Launches;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
@@ -117,6 +118,28 @@ pub trait Op: Kernel<f32> + Kernel<f64> + Debug + Send + Sync {
 
     /// Elements of working memory that the kernel wants.
     fn scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
+        let _ = (inputs, outputs);
+        0
+    }
+
+    /// Whether output `output` is stored as bf16 on a GPU that stores activations so, given which inputs
+    /// are. By default output 0 is stored as input 0, and everything else (statistics, sums, gradients
+    /// of parameters) in full.
+    fn narrow(&self, output: usize, inputs: &[bool]) -> bool {
+        output == 0 && inputs.first() == Some(&true)
+    }
+
+    /// Records what a GPU launches for one application.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] if there is none; else as [`Launches::launch`].
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let _ = at;
+        Err(Error::NoKernel { op: self.name() })
+    }
+
+    /// Bytes of working memory that [`Op::launch`] wants.
+    fn device_scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
         let _ = (inputs, outputs);
         0
     }

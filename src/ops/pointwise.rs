@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Grid, Launches, Pointer, Stored, kernel};
 use crate::device::simd::{self, Lanes};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -22,6 +23,20 @@ pub(super) const PIECE: usize = 1 << 14;
 
 /// Elements that loops over rows of few channels handle at a time, as a whole number of rows.
 const WIDTH: usize = 64;
+
+/// Threads of a block in `kernels/pointwise.cu`, and bytes of each tensor that a thread moves.
+const THREADS: u32 = 256;
+const BYTES: usize = 16;
+
+/// Blocks that give each of `len` elements stored as `pointer` is a thread.
+fn grid(len: usize, pointer: Pointer) -> Grid {
+    let width = if pointer.is_narrow() {
+        BYTES / 2
+    } else {
+        BYTES / 4
+    };
+    Grid::cover(len.div_ceil(width), THREADS)
+}
 
 /// A function of one element, written once for the lanes of every instruction set.
 pub(super) trait Unary<T: Real>: Copy + Send + Sync {
@@ -465,6 +480,10 @@ pub struct Scale {
     pub factor: f64,
 }
 
+kernel! {
+    struct ScaleKernel = "scale" { x: Stored, y: Stored, len: u64, factor: f32 }
+}
+
 impl<T: Real> Unary<T> for Scale {
     #[inline(always)]
     fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
@@ -495,11 +514,25 @@ impl Op for Scale {
         let gradient = at.push(*self, &[dy])?;
         at.set(0, gradient)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (y, len) = (at.output(0), at.output_shape(0).len());
+        let arguments = ScaleKernel {
+            x: at.input(0).into(),
+            y: y.into(),
+            len: len as u64,
+            factor: self.factor as f32,
+        };
+        at.launch(grid(len, y), &arguments)
+    }
 }
 
 /// `y = x`, through which no gradient passes.
 #[derive(Clone, Copy, Debug)]
 pub struct StopGradient;
+
+kernel! {
+    struct CopyKernel = "copy" { x: Stored, y: Stored, len: u64 }
+}
 
 impl<T: Real> Kernel<T> for StopGradient {
     fn run(&self, io: &mut Io<'_, T>) {
@@ -524,6 +557,18 @@ impl Op for StopGradient {
     }
     fn backward(&self, _: &mut Backward<'_>) -> Result<()> {
         Ok(())
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (x, y, len) = (at.input(0), at.output(0), at.output_shape(0).len());
+        if x == y {
+            return Ok(());
+        }
+        let arguments = CopyKernel {
+            x: x.into(),
+            y: y.into(),
+            len: len as u64,
+        };
+        at.launch(grid(len, y), &arguments)
     }
 }
 

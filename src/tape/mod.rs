@@ -34,7 +34,7 @@ mod plan;
 
 use std::sync::Arc;
 
-pub use plan::{Options, Plan, PlannedStep, Slot};
+pub use plan::{Options, Plan, PlannedStep, Slot, Target};
 
 use crate::error::{Error, Result};
 use crate::ops::Op;
@@ -76,6 +76,8 @@ pub struct Value {
     pub kind: Kind,
     /// Whether it can be read after a replay.
     pub kept: bool,
+    /// Whether it is stored as bf16 where a GPU stores activations so ([`Op::narrow`]).
+    pub narrow: bool,
 }
 
 /// One operation applied to values.
@@ -158,6 +160,7 @@ impl Tape {
             shape,
             kind,
             kept,
+            narrow: false,
         });
         Var(self.values.len() as u32 - 1)
     }
@@ -182,6 +185,12 @@ impl Tape {
         self.values[var.index()].kept = true;
     }
 
+    /// Marks an input as an activation: it is stored as bf16 on a GPU that stores activations so, and
+    /// so is whatever is computed from it, as far as the operations' [`Op::narrow`] says so.
+    pub fn narrow(&mut self, input: Var) {
+        self.values[input.index()].narrow = true;
+    }
+
     /// Records an operation with one output.
     ///
     /// # Errors
@@ -204,9 +213,18 @@ impl Tape {
     pub fn push_all(&mut self, op: impl Op + 'static, inputs: &[Var]) -> Result<Vec<Var>> {
         let shapes = self.shapes(inputs);
         let outputs = op.outputs(&shapes)?;
+        let narrow: Vec<bool> = inputs
+            .iter()
+            .map(|v| self.values[v.index()].narrow)
+            .collect();
         let outputs = outputs
             .iter()
-            .map(|&s| self.value(op.name(), s, Kind::Computed))
+            .enumerate()
+            .map(|(o, &shape)| {
+                let output = self.value(op.name(), shape, Kind::Computed);
+                self.values[output.index()].narrow = op.narrow(o, &narrow);
+                output
+            })
             .collect();
         let step = Step {
             op: Arc::new(op),

@@ -19,6 +19,34 @@ pub struct Options {
     pub recompute: bool,
     /// Let operations overwrite an input that nobody reads any more.
     pub in_place: bool,
+    /// What the plan is for.
+    pub target: Target,
+}
+
+/// What a plan runs on, which decides about working memory and storage.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Target {
+    /// A session of [`crate::device::cpu`].
+    #[default]
+    Cpu,
+    /// A session of [`crate::device::gpu`], activations stored as f32.
+    Gpu,
+    /// A session of [`crate::device::gpu`], activations stored as bf16 ([`Value::narrow`]).
+    NarrowGpu,
+}
+
+impl Options {
+    /// The usual plan for a GPU, with activations in bf16 if `narrow`.
+    pub fn gpu(narrow: bool) -> Self {
+        Self {
+            target: if narrow {
+                Target::NarrowGpu
+            } else {
+                Target::Gpu
+            },
+            ..Self::default()
+        }
+    }
 }
 
 impl Default for Options {
@@ -26,17 +54,20 @@ impl Default for Options {
         Self {
             recompute: true,
             in_place: true,
+            target: Target::Cpu,
         }
     }
 }
 
-/// A piece of the arena, in elements.
+/// A piece of the arena.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Slot {
-    /// First element.
+    /// First word; a word holds one element, or two that are narrow.
     pub offset: usize,
     /// Number of elements.
     pub len: usize,
+    /// Whether elements are stored as bf16.
+    pub narrow: bool,
 }
 
 /// A step with everything that its replay needs.
@@ -58,7 +89,7 @@ pub struct PlannedStep {
     pub in_place: Option<usize>,
     /// Arithmetic and compulsory traffic.
     pub cost: Cost,
-    /// Elements of the arena that are alive while this step runs, without persistent values.
+    /// Words of the arena that are alive while this step runs, without persistent values.
     pub alive: usize,
 }
 
@@ -84,7 +115,7 @@ impl Plan {
             steps = recompute(&steps, &mut values);
         }
         prune(&mut steps, &values);
-        layout(steps, values, options.in_place)
+        layout(steps, values, options)
     }
 
     /// All values, by [`Var::index`]; recomputed ones follow those of the tape.
@@ -102,7 +133,7 @@ impl Plan {
         self.slots[var.index()]
     }
 
-    /// Elements of the whole arena: persistent values, then computed ones.
+    /// Words of the whole arena: persistent values, then computed ones.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -112,7 +143,7 @@ impl Plan {
         self.len == 0
     }
 
-    /// Elements of inputs, parameters and states.
+    /// Words of inputs, parameters and states.
     pub fn persistent(&self) -> usize {
         self.persistent
     }
@@ -219,7 +250,15 @@ fn aligned(len: usize) -> usize {
     len.next_multiple_of(ALIGN)
 }
 
-fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<Plan> {
+fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan> {
+    let narrow = |v: &Value| v.narrow && options.target == Target::NarrowGpu;
+    let words = |v: &Value| {
+        aligned(if narrow(v) {
+            v.shape.len().div_ceil(2)
+        } else {
+            v.shape.len()
+        })
+    };
     let mut last_use: Vec<usize> = values
         .iter()
         .map(|v| if v.kept { usize::MAX } else { 0 })
@@ -237,8 +276,9 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<
             *slot = Slot {
                 offset: persistent,
                 len: value.shape.len(),
+                narrow: narrow(value),
             };
-            persistent += aligned(value.shape.len());
+            persistent += words(value);
         }
     }
 
@@ -258,14 +298,15 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<
             if values[output.index()].kind != Kind::Computed {
                 continue;
             }
-            let len = aligned(values[output.index()].shape.len());
+            let len = words(&values[output.index()]);
             let overwritten = step.op.in_place().filter(|&i| {
                 let input = step.inputs[i];
                 o == 0
-                    && allow_in_place
+                    && options.in_place
                     && values[input.index()].kind == Kind::Computed
                     && last_use[input.index()] == index
                     && values[input.index()].shape.len() == values[output.index()].shape.len()
+                    && values[input.index()].narrow == values[output.index()].narrow
                     && step.inputs.iter().filter(|&&v| v == input).count() == 1
             });
             let block = match overwritten {
@@ -286,9 +327,14 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<
             blocks[block].last = last_use[output.index()].min(steps.len());
             block_of[output.index()] = Some(block);
         }
-        let len = step
-            .op
-            .scratch(&shapes(&step.inputs), &shapes(&step.outputs));
+        let (inputs, outputs) = (shapes(&step.inputs), shapes(&step.outputs));
+        let len = match options.target {
+            Target::Cpu => step.op.scratch(&inputs, &outputs),
+            Target::Gpu | Target::NarrowGpu => step
+                .op
+                .device_scratch(&inputs, &outputs)
+                .div_ceil(size_of::<f32>()),
+        };
         if len > 0 {
             blocks.push(Block {
                 len: aligned(len),
@@ -310,6 +356,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<
             *slot = Slot {
                 offset: persistent + blocks[block].offset,
                 len: value.shape.len(),
+                narrow: narrow(value),
             };
         }
     }
@@ -333,6 +380,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, allow_in_place: bool) -> Result<
             let scratch = scratch_of[index].map_or(Slot::default(), |b| Slot {
                 offset: persistent + blocks[b].offset,
                 len: blocks[b].len,
+                narrow: false,
             });
             PlannedStep {
                 cost: step.op.cost(&shapes(&read), &shapes(&write)),

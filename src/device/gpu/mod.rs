@@ -1,0 +1,263 @@
+//! NVIDIA GPUs: a plan's arena in device memory, its steps as kernel launches prepared once.
+//!
+//! A [`Gpu`] has one of two ends: the driver of a real GPU (feature `cuda`) or the emulator, which runs
+//! the same kernels on the CPU for tests (feature `emulator`). Everything above the ends is shared, so
+//! that the emulator tests launch shapes and arguments as well as kernels.
+//!
+//! - [`launch`]: how an operation says what to launch; one typed wrapper per kernel;
+//! - [`Session`]: memory and launches of one plan, and their replay;
+//! - [`Graph`]: a captured replay, one call to the driver for the whole step.
+//!
+//! Work is queued on one stream, in order. Nothing waits for it but [`Session::read`] and
+//! [`Gpu::synchronize`].
+
+#[cfg(feature = "emulator")]
+mod emulated;
+pub mod launch;
+mod session;
+
+use std::sync::Arc;
+
+use crate::error::Result;
+
+pub use session::{Graph, Session, Timed};
+
+/// What a kernel runs on: the driver's stream or the emulator. Handles are the end's own numbers; the
+/// types above give them owners.
+pub(crate) trait End: Send + Sync {
+    /// What it is.
+    fn description(&self) -> Description;
+    /// Device memory of `bytes` (above 0), aligned to 256.
+    fn allocate(&self, bytes: usize) -> Result<u64>;
+    fn free(&self, address: u64);
+    /// Fills memory with zeros.
+    fn clear(&self, address: u64, bytes: usize) -> Result<()>;
+    /// Copies to the device behind the work queued so far; `from` may change when this returns.
+    fn write(&self, address: u64, from: &[u8]) -> Result<()>;
+    /// Copies to the host once the work queued so far is done.
+    fn read(&self, address: u64, to: &mut [u8]) -> Result<()>;
+    /// Finds (and, where need be, compiles) a kernel.
+    fn function(&self, name: &str) -> Result<Function>;
+    /// Queues a launch.
+    ///
+    /// # Safety
+    /// `arguments` hold the kernel's parameters, each at the beginning of its eight bytes; the memory
+    /// that the kernel touches is allocated.
+    unsafe fn launch(
+        &self,
+        function: &Function,
+        grid: &launch::Grid,
+        arguments: &[u64],
+    ) -> Result<()>;
+    /// Waits for the work queued so far.
+    fn synchronize(&self) -> Result<()>;
+    /// A point in the queue whose time can be taken.
+    fn event(&self) -> Result<u64>;
+    fn record(&self, event: u64) -> Result<()>;
+    /// Milliseconds between two events that lie behind.
+    fn elapsed(&self, from: u64, to: u64) -> Result<f32>;
+    fn free_event(&self, event: u64);
+    /// Runs `queue`, whose launches and clears are not executed but become a graph.
+    fn capture(&self, queue: &mut dyn FnMut() -> Result<()>) -> Result<u64>;
+    fn replay(&self, graph: u64) -> Result<()>;
+    fn free_graph(&self, graph: u64);
+    /// A named stretch of the timeline that profilers show (NVTX), where there is one.
+    fn range_push(&self, name: &str);
+    fn range_pop(&self);
+}
+
+/// What a GPU is, as far as times can be predicted from it.
+#[derive(Clone, PartialEq, Debug, Default, serde::Serialize)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// Compute capability, `(9, 0)` for Hopper; `(0, 0)` for the emulator.
+    pub capability: (u32, u32),
+    /// The driver's CUDA version, `(13, 0)`.
+    pub driver: (u32, u32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of device memory.
+    pub memory: u64,
+    /// Bytes of the second-level cache.
+    pub l2: u64,
+    /// Registers of one multiprocessor.
+    pub registers: u32,
+    /// Shared memory of one multiprocessor, bytes.
+    pub shared: u32,
+    /// Threads that one multiprocessor keeps at a time.
+    pub threads: u32,
+    /// Highest clock of the multiprocessors, in kHz.
+    pub clock: u32,
+}
+
+/// A kernel of a GPU.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Function {
+    /// The end's own number for it.
+    pub(crate) handle: u64,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Bytes of each parameter, where the end knows them.
+    pub(crate) parameters: Option<Vec<u32>>,
+    /// Registers of one thread; 0 where the end knows no registers.
+    pub registers: u32,
+    /// Statically declared shared memory of a block, bytes.
+    pub shared: u32,
+    /// Local memory of a thread (spills and stack), bytes.
+    pub local: u32,
+    /// Most threads of a block; 0 where the end does not know.
+    pub max_threads: u32,
+}
+
+/// A device that runs kernels. Clones are the same device and stream.
+#[derive(Clone)]
+pub struct Gpu(Arc<dyn End>);
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Gpu")
+            .field(&self.0.description().name)
+            .finish()
+    }
+}
+
+impl Gpu {
+    /// The emulator.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if this build has none.
+    pub fn emulator() -> Result<Self> {
+        #[cfg(feature = "emulator")]
+        {
+            crate::device::emulator::available()?;
+            Ok(Self(Arc::new(emulated::Emulator::default())))
+        }
+        #[cfg(not(feature = "emulator"))]
+        Err(crate::error::Error::device(
+            "emulator",
+            "not in this build, which lacks the feature `emulator`",
+        ))
+    }
+
+    /// What it is.
+    pub fn description(&self) -> Description {
+        self.0.description()
+    }
+
+    /// Waits for the work queued so far.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with whatever a kernel did wrong since the last wait.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.synchronize()
+    }
+
+    /// Runs `f` inside a named range of the profiler's timeline.
+    pub fn range<R>(&self, name: &str, f: impl FnOnce() -> R) -> R {
+        self.0.range_push(name);
+        let result = f();
+        self.0.range_pop();
+        result
+    }
+
+    /// Device memory with zeros in it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is not as much.
+    pub fn memory(&self, bytes: usize) -> Result<Memory> {
+        // No device hands out empty pieces.
+        let size = bytes.max(1);
+        let memory = Memory {
+            address: self.0.allocate(size)?,
+            bytes,
+            gpu: self.clone(),
+        };
+        self.0.clear(memory.address, size)?;
+        Ok(memory)
+    }
+}
+
+/// A piece of device memory.
+#[derive(Debug)]
+pub struct Memory {
+    gpu: Gpu,
+    address: u64,
+    bytes: usize,
+}
+
+impl Memory {
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Writes `from` at `offset` bytes, behind the work queued so far.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device refuses, or an earlier kernel failed.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
+        self.within(offset, from.len());
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.gpu.0.write(self.address + offset as u64, from)
+    }
+
+    /// Reads from `offset` bytes on, once the work queued so far is done.
+    ///
+    /// # Errors
+    /// As [`Memory::write`].
+    ///
+    /// # Panics
+    /// If there is not as much.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        self.within(offset, to.len());
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.gpu.0.read(self.address + offset as u64, to)
+    }
+
+    fn within(&self, offset: usize, len: usize) {
+        let fits = offset.checked_add(len).is_some_and(|end| end <= self.bytes);
+        assert!(fits, "{len} bytes at {offset} of {}", self.bytes);
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.gpu.0.free(self.address);
+    }
+}
+
+/// An event of the queue.
+struct Event<'a> {
+    gpu: &'a Gpu,
+    handle: u64,
+}
+
+impl<'a> Event<'a> {
+    fn new(gpu: &'a Gpu) -> Result<Self> {
+        let handle = gpu.0.event()?;
+        Ok(Self { gpu, handle })
+    }
+
+    fn record(&self) -> Result<()> {
+        self.gpu.0.record(self.handle)
+    }
+
+    /// Milliseconds from this event to a later one.
+    fn until(&self, later: &Event<'_>) -> Result<f32> {
+        self.gpu.0.elapsed(self.handle, later.handle)
+    }
+}
+
+impl Drop for Event<'_> {
+    fn drop(&mut self) {
+        self.gpu.0.free_event(self.handle);
+    }
+}

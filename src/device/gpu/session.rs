@@ -1,0 +1,221 @@
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::launch::{Launch, Launches};
+use super::{Event, Gpu, Memory};
+use crate::error::Result;
+use crate::tape::{Kind, Plan, Slot, Var};
+
+/// Memory and launches for one plan, and their replay.
+pub struct Session {
+    gpu: Gpu,
+    plan: Plan,
+    launches: Arc<Vec<Launch>>,
+    memory: Arc<Buffers>,
+}
+
+/// What launches point to: it must outlive every graph that was captured from them.
+struct Buffers {
+    arena: Memory,
+    /// Tables that operations made.
+    _constants: Vec<Memory>,
+}
+
+/// Bytes of an arena's word.
+const WORD: usize = size_of::<f32>();
+
+impl Session {
+    /// Allocates the arena and prepares all launches; all values start as zeros. The plan is one for a
+    /// GPU ([`crate::tape::Options::gpu`]).
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if there is not enough memory or a kernel cannot be had,
+    /// [`crate::Error::NoKernel`] if an operation has none for GPUs.
+    pub fn new(gpu: &Gpu, plan: Plan) -> Result<Self> {
+        let arena = gpu.memory(plan.len() * WORD)?;
+        let (mut launches, mut constants) = (Vec::new(), Vec::new());
+        for (index, step) in plan.steps().iter().enumerate() {
+            step.op.launch(&mut Launches {
+                gpu,
+                step,
+                index,
+                arena: arena.address,
+                list: &mut launches,
+                constants: &mut constants,
+            })?;
+        }
+        Ok(Self {
+            gpu: gpu.clone(),
+            plan,
+            launches: Arc::new(launches),
+            memory: Arc::new(Buffers {
+                arena,
+                _constants: constants,
+            }),
+        })
+    }
+
+    /// What is replayed.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What one replay launches, in order.
+    pub fn launches(&self) -> &[Launch] {
+        &self.launches
+    }
+
+    /// Bytes of device memory: the arena, and the operations' tables.
+    pub fn bytes(&self) -> usize {
+        let tables = self.memory._constants.iter().map(Memory::bytes);
+        self.memory.arena.bytes() + tables.sum::<usize>()
+    }
+
+    /// Writes an input, parameter or state, rounded where it is stored as bf16.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device refuses, or an earlier kernel failed.
+    ///
+    /// # Panics
+    /// If the value is computed by the tape or holds another number of elements.
+    pub fn write(&mut self, var: Var, elements: &[f32]) -> Result<()> {
+        let value = &self.plan.values()[var.index()];
+        let slot = self.plan.slot(var);
+        assert_ne!(value.kind, Kind::Computed, "{} is computed", value.name);
+        assert_eq!(elements.len(), slot.len, "elements of {}", value.name);
+        let arena = &self.memory.arena;
+        if slot.narrow {
+            let rounded: Vec<bf16> = elements.iter().map(|&x| bf16::from_f32(x)).collect();
+            arena.write(slot.offset * WORD, bytemuck::cast_slice(&rounded))
+        } else {
+            arena.write(slot.offset * WORD, bytemuck::cast_slice(elements))
+        }
+    }
+
+    /// The elements of a persistent or kept value, once the replays queued so far are done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if a kernel failed.
+    ///
+    /// # Panics
+    /// If the value is neither: its memory may hold something else by now.
+    pub fn read(&self, var: Var) -> Result<Vec<f32>> {
+        let value = &self.plan.values()[var.index()];
+        assert!(value.kept, "{} was not kept", value.name);
+        self.elements(self.plan.slot(var))
+    }
+
+    fn elements(&self, slot: Slot) -> Result<Vec<f32>> {
+        let arena = &self.memory.arena;
+        if slot.narrow {
+            let mut stored = vec![bf16::ZERO; slot.len];
+            arena.read(slot.offset * WORD, bytemuck::cast_slice_mut(&mut stored))?;
+            Ok(stored.into_iter().map(f32::from).collect())
+        } else {
+            let mut elements = vec![0.0; slot.len];
+            arena.read(slot.offset * WORD, bytemuck::cast_slice_mut(&mut elements))?;
+            Ok(elements)
+        }
+    }
+
+    /// Queues all steps once.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device refuses a launch.
+    pub fn run(&mut self) -> Result<()> {
+        queue(&self.gpu, &self.launches)
+    }
+
+    /// Runs all steps once, each launch between two events, inside ranges named after the steps'
+    /// operations, and returns the time of each.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if a kernel failed.
+    pub fn run_timed(&mut self) -> Result<Vec<Timed>> {
+        let events: Vec<Event<'_>> = (0..=self.launches.len())
+            .map(|_| Event::new(&self.gpu))
+            .collect::<Result<_>>()?;
+        events[0].record()?;
+        for (launch, event) in self.launches.iter().zip(&events[1..]) {
+            let name = self.plan.steps()[launch.step].op.name();
+            self.gpu.range(name, || {
+                queue(&self.gpu, std::slice::from_ref(launch))?;
+                event.record()
+            })?;
+        }
+        self.gpu.synchronize()?;
+        let start = &events[0];
+        let pairs = self.launches.iter().zip(events.windows(2));
+        pairs
+            .map(|(launch, pair)| {
+                Ok(Timed {
+                    step: launch.step,
+                    start: start.until(&pair[0])?,
+                    time: pair[0].until(&pair[1])?,
+                })
+            })
+            .collect()
+    }
+
+    /// Captures one replay.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device cannot.
+    pub fn capture(&self) -> Result<Graph> {
+        let mut run = || queue(&self.gpu, &self.launches);
+        Ok(Graph {
+            handle: self.gpu.0.capture(&mut run)?,
+            gpu: self.gpu.clone(),
+            _memory: self.memory.clone(),
+        })
+    }
+}
+
+fn queue(gpu: &Gpu, launches: &[Launch]) -> Result<()> {
+    for launch in launches {
+        // SAFETY: `Launches::launch` built the arguments from addresses of the session's arena and
+        // tables, which live as long as whoever queues this; sizes were compared where the device
+        // tells them.
+        unsafe {
+            gpu.0
+                .launch(&launch.function, &launch.grid, &launch.arguments)
+        }?;
+    }
+    Ok(())
+}
+
+/// When a launch ran, in milliseconds.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Timed {
+    /// Number of the plan's step.
+    pub step: usize,
+    /// From the beginning of the replay.
+    pub start: f32,
+    /// To the end of this launch.
+    pub time: f32,
+}
+
+/// One replay of a session, captured: a single call queues all its launches. It keeps the session's
+/// memory.
+pub struct Graph {
+    gpu: Gpu,
+    handle: u64,
+    _memory: Arc<Buffers>,
+}
+
+impl Graph {
+    /// Queues the replay.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device refuses.
+    pub fn replay(&self) -> Result<()> {
+        self.gpu.0.replay(self.handle)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.gpu.0.free_graph(self.handle);
+    }
+}
