@@ -1,16 +1,21 @@
-//! Hand-derived gradients against finite differences.
+//! Hand-derived gradients against finite differences, and GPU kernels against the CPU.
 //!
 //! Every operation in [`crate::ops::registry`] describes random problems ([`Case`]). A check
 //! replays one in `f64` and compares the recorded gradient of `Σ rᵢ·yᵢ` (random `r`) with the
 //! five-point central difference, element by element, under the criterion
 //! `|a − n| ≤ 1e-6 · max(|a|, |n|, 1e-3 · ‖gradient‖∞)`.
+//!
+//! [`check_on`] replays the same problem on a GPU or the emulator and compares every output and every
+//! gradient with the CPU's in `f64`. What was checked against finite differences on the CPU is thereby
+//! checked there too.
 
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::device::cpu::{Element, Session};
-use crate::error::Result;
+use crate::device::gpu::{self, Gpu};
+use crate::error::{Error, Result};
 use crate::ops::Entry;
 use crate::ops::pointwise::StopGradient;
 use crate::tape::{Options, Plan, Tape, Var};
@@ -20,6 +25,11 @@ use crate::tensor::Shape;
 pub const TOLERANCE: f64 = 1e-6;
 /// Derivatives below this share of the largest are compared with it.
 pub const FLOOR: f64 = 1e-3;
+/// Largest distance of a GPU's result from the CPU's in `f64`, as a share of the tensor's largest element:
+/// sums in another order, and the approximate exponential and reciprocal of GPUs.
+pub const DEVICE_TOLERANCE: f64 = 1e-5;
+/// What rounding to bf16 may add to that, as a share of the element itself.
+pub const NARROW_TOLERANCE: f64 = 1.0 / 256.0;
 /// Elements of one input that are perturbed at most; larger inputs are sampled.
 const PROBES: usize = 48;
 
@@ -118,6 +128,8 @@ pub struct CaseInput {
     pub values: Vec<f64>,
     /// Whether its gradient is checked.
     pub differentiable: bool,
+    /// Whether it is an activation, which GPUs may store as bf16.
+    pub narrow: bool,
 }
 
 type Record = dyn Fn(&mut Tape, &[Var]) -> Result<Vec<Var>> + Send + Sync;
@@ -163,7 +175,14 @@ impl Case {
             shape,
             values,
             differentiable: true,
+            narrow: false,
         });
+        self
+    }
+
+    /// Says that the input added last is an activation, which GPUs may store as bf16.
+    pub fn narrow(mut self) -> Self {
+        self.inputs.last_mut().expect("an input was added").narrow = true;
         self
     }
 
@@ -182,6 +201,9 @@ impl Case {
         let mut tape = Tape::new();
         let mut recording = |input: &CaseInput| {
             let written = tape.input(input.name, input.shape);
+            if input.narrow {
+                tape.narrow(written);
+            }
             Ok((written, tape.push(StopGradient, &[written])?))
         };
         let (inputs, variables): (Vec<Var>, Vec<Var>) = (self.inputs.iter())
@@ -212,30 +234,43 @@ pub struct Recording {
     pub outputs: Vec<Var>,
 }
 
-/// A derivative that disagrees.
+/// A number that disagrees.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mismatch {
-    /// The input.
+    /// The input whose derivative it is, or `output`.
     pub input: &'static str,
     /// Position of the element, NHWC order.
     pub element: usize,
     /// What the tape computed.
     pub analytic: f64,
-    /// What the finite difference says.
+    /// What the finite difference says, or the CPU in `f64`.
     pub numeric: f64,
-    /// Largest absolute derivative of that input.
+    /// Largest absolute value of that tensor.
     pub largest: f64,
 }
 
 /// Outcome of one case.
-#[derive(Clone, Debug)]
+#[derive(Clone, Default, Debug)]
 pub struct Outcome {
-    /// Derivatives compared.
+    /// Numbers compared.
     pub compared: usize,
-    /// Largest `|a − n| / max(|a|, |n|, 1e-3·‖gradient‖∞)`, 0 where both vanish.
+    /// Largest error as a share of what the criterion measures it by, 0 where there is none.
     pub worst: f64,
-    /// The element where it occurred, if that is over [`TOLERANCE`].
+    /// The element where it occurred, if that is over the tolerance.
     pub mismatch: Option<Mismatch>,
+}
+
+impl Outcome {
+    /// Takes one comparison into account, whose error may be `tolerance` times `scale`.
+    fn add(&mut self, error: f64, scale: f64, tolerance: f64, mismatch: impl FnOnce() -> Mismatch) {
+        let ratio = if error == 0.0 { 0.0 } else { error / scale };
+        self.compared += 1;
+        // A NaN counts as the worst mismatch there is.
+        if ratio.is_nan() || ratio > self.worst {
+            self.worst = if ratio.is_nan() { f64::INFINITY } else { ratio };
+            self.mismatch = (self.worst > tolerance).then(mismatch);
+        }
+    }
 }
 
 /// The gradient side of a case: a tape with its backward steps appended.
@@ -286,6 +321,9 @@ pub fn differentiate_part(
     let mut pairs = Vec::new();
     for &y in &outputs {
         let seed = tape.input("seed", tape.shape(y));
+        if tape.values()[y.index()].narrow {
+            tape.narrow(seed);
+        }
         seeds.push(seed);
         pairs.push((y, tape.push(StopGradient, &[seed])?));
     }
@@ -368,11 +406,7 @@ pub fn check_gradient(case: &Case, d: &Differentiated, seed: u64) -> Result<Outc
     }
 
     let mut sampler = Sampler::of_check(!seed);
-    let mut outcome = Outcome {
-        compared: 0,
-        worst: 0.0,
-        mismatch: None,
-    };
+    let mut outcome = Outcome::default();
     for (index, input) in case
         .inputs
         .iter()
@@ -394,19 +428,13 @@ pub fn check_gradient(case: &Case, d: &Differentiated, seed: u64) -> Result<Outc
             let analytic = analytic[element];
             let scale = analytic.abs().max(numeric.abs()).max(FLOOR * largest);
             let error = (analytic - numeric).abs();
-            let ratio = if error == 0.0 { 0.0 } else { error / scale };
-            outcome.compared += 1;
-            // A NaN counts as the worst mismatch there is.
-            if ratio.is_nan() || ratio > outcome.worst {
-                outcome.worst = if ratio.is_nan() { f64::INFINITY } else { ratio };
-                outcome.mismatch = (outcome.worst > TOLERANCE).then_some(Mismatch {
-                    input: input.name,
-                    element,
-                    analytic,
-                    numeric,
-                    largest,
-                });
-            }
+            outcome.add(error, scale, TOLERANCE, || Mismatch {
+                input: input.name,
+                element,
+                analytic,
+                numeric,
+                largest,
+            });
         }
     }
     Ok(outcome)
@@ -451,6 +479,81 @@ fn difference(
     sum / (12.0 * step)
 }
 
+/// Replays one case on a GPU and compares all outputs and gradients with the CPU's in `f64` on the same
+/// rounded inputs, activations stored as bf16 if `narrow`. A second replay, on the emulator in another
+/// order of its threads, and a captured one must give the same bits.
+///
+/// # Errors
+/// [`Error::NoKernel`] if an operation of the case has no kernel, [`Error::Device`] if a kernel did
+/// something wrong or two replays differ; else as [`check`].
+pub fn check_on(gpu: &Gpu, case: &Case, seed: u64, narrow: bool) -> Result<Outcome> {
+    let mut d = differentiate(case)?;
+    d.outputs.iter().for_each(|&y| d.tape.keep(y));
+    let mut reference = session::<f64>(case, &d, seed, Options::default())?;
+    let plan = Plan::new(&d.tape, Options::gpu(narrow))?;
+    let mut device = gpu::Session::new(gpu, plan)?;
+    for &var in d.inputs.iter().chain(&d.seeds) {
+        let stored_narrow = device.plan().slot(var).narrow;
+        let values = reference.values_mut(var);
+        let round = |x: f64| match stored_narrow {
+            true => half::bf16::from_f64(x).to_f32(),
+            false => x as f32,
+        };
+        let rounded: Vec<f32> = values.iter().map(|&x| round(x)).collect();
+        let wide = rounded.iter().map(|&x| f64::from(x));
+        values.iter_mut().zip(wide).for_each(|(v, x)| *v = x);
+        device.write(var, &rounded)?;
+    }
+    reference.run();
+
+    let gradients = case.inputs.iter().zip(&d.gradients);
+    let gradients = gradients.filter_map(|(input, g)| Some((input.name, (*g)?)));
+    let outputs = d.outputs.iter().map(|&y| ("output", y));
+    let compared: Vec<(&'static str, Var)> = outputs.chain(gradients).collect();
+    let all = |device: &gpu::Session| -> Result<Vec<Vec<f32>>> {
+        compared.iter().map(|&(_, var)| device.read(var)).collect()
+    };
+    gpu.reorder(seed);
+    device.run()?;
+    let found = all(&device)?;
+    gpu.reorder(!seed);
+    device.run()?;
+    let again = all(&device)?;
+    device.capture()?.replay()?;
+    let replayed = all(&device)?;
+    let bits = |x: &[Vec<f32>]| x.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
+    for (other, what) in [(again, "a second run"), (replayed, "a captured graph")] {
+        if bits(&found) != bits(&other) {
+            let problem = format!("{what} gave other bits ({})", case.description);
+            return Err(Error::device("gradcheck", problem));
+        }
+    }
+
+    let mut outcome = Outcome::default();
+    for (&(input, var), found) in compared.iter().zip(&found) {
+        let expected = reference.read(var);
+        let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        let rounding = if device.plan().slot(var).narrow {
+            NARROW_TOLERANCE
+        } else {
+            0.0
+        };
+        for (element, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+            let analytic = f64::from(found);
+            let error = (analytic - expected).abs();
+            let scale = largest + rounding / DEVICE_TOLERANCE * expected.abs();
+            outcome.add(error, scale, DEVICE_TOLERANCE, || Mismatch {
+                input,
+                element,
+                analytic,
+                numeric: expected,
+                largest,
+            });
+        }
+    }
+    Ok(outcome)
+}
+
 /// A case that failed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Failure {
@@ -458,8 +561,19 @@ pub struct Failure {
     pub seed: u64,
     /// [`Case::description`].
     pub description: String,
-    /// The worst derivative.
-    pub mismatch: Mismatch,
+    /// What was wrong.
+    #[serde(flatten)]
+    pub problem: Problem,
+}
+
+/// What was wrong with a case.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Problem {
+    /// The worst number.
+    Mismatch(Mismatch),
+    /// What a device said of a kernel.
+    Error(String),
 }
 
 /// Outcome of many cases of one operation.
@@ -469,7 +583,7 @@ pub struct Report {
     pub op: &'static str,
     /// Cases drawn.
     pub cases: u64,
-    /// Derivatives compared.
+    /// Numbers compared.
     pub compared: usize,
     /// Largest error, as in [`Outcome::worst`].
     pub worst: f64,
@@ -477,11 +591,12 @@ pub struct Report {
     pub failures: Vec<Failure>,
 }
 
-/// Checks an operation on the cases that `seed`, `seed + 1`, … draw.
+/// Checks an operation on the cases that `seed`, `seed + 1`, … draw: against finite differences on the
+/// CPU or, if there is a `gpu`, there against the CPU, in every storage that the GPU has.
 ///
 /// # Errors
-/// Whatever recording or planning reports.
-pub fn check_operation(entry: &Entry, seed: u64, cases: u64) -> Result<Report> {
+/// As [`check`] and [`check_on`].
+pub fn check_operation(entry: &Entry, seed: u64, cases: u64, gpu: Option<&Gpu>) -> Result<Report> {
     let mut report = Report {
         op: entry.name,
         cases,
@@ -491,15 +606,33 @@ pub fn check_operation(entry: &Entry, seed: u64, cases: u64) -> Result<Report> {
     };
     for seed in (0..cases).map(|i| seed.wrapping_add(i)) {
         let case = (entry.case)(&mut Sampler::new(seed));
-        let outcome = check(&case, seed)?;
-        report.compared += outcome.compared;
-        report.worst = report.worst.max(outcome.worst);
-        if let Some(mismatch) = outcome.mismatch {
-            report.failures.push(Failure {
-                seed,
-                description: case.description,
-                mismatch,
-            });
+        let activations = case.inputs.iter().any(|input| input.narrow);
+        let storages: &[bool] = match gpu {
+            Some(gpu) if gpu.has_bf16() && activations => &[false, true],
+            _ => &[false],
+        };
+        for &narrow in storages {
+            let outcome = match gpu {
+                None => check(&case, seed),
+                Some(gpu) => check_on(gpu, &case, seed, narrow),
+            };
+            let problem = match outcome {
+                Ok(outcome) => {
+                    report.compared += outcome.compared;
+                    report.worst = report.worst.max(outcome.worst);
+                    outcome.mismatch.map(Problem::Mismatch)
+                }
+                Err(error @ Error::Device { .. }) => Some(Problem::Error(error.to_string())),
+                Err(other) => return Err(other),
+            };
+            if let Some(problem) = problem {
+                let storage = if narrow { ", bf16" } else { "" };
+                report.failures.push(Failure {
+                    seed,
+                    description: format!("{}{storage}", case.description),
+                    problem,
+                });
+            }
         }
     }
     Ok(report)

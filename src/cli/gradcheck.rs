@@ -7,17 +7,21 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::progress::Console;
+use crate::device::gpu::Gpu;
 use crate::error::{Error, Result};
-use crate::gradcheck::{Report, TOLERANCE, check_operation};
+use crate::gradcheck::{DEVICE_TOLERANCE, Problem, Report, TOLERANCE, check_operation};
 use crate::ops::{Entry, registry};
 use crate::train::config::Device;
 use crate::train::{Report as _, stop};
 
-/// Check the gradient of every operation against finite differences
+/// Check the gradient of every operation against finite differences, or a GPU's kernels against the CPU
 ///
 /// Each operation is run on random problems in double precision: sizes of 1, odd sizes, every stride and padding. Its
 /// hand-derived gradient must agree with five-point central differences to 1e-6, relative to the derivative or to a
-/// thousandth of the largest one. The last line counts the operations that passed and failed.
+/// thousandth of the largest one. On another device the same problems are run by its kernels, in f32 and in bf16, and
+/// every output and gradient is compared with the CPU's in double precision; a second run and a captured graph must give
+/// the same bits. The last line counts the operations that passed and failed; those that the device has no kernels for
+/// are listed before it.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Where to run the operations
@@ -27,8 +31,8 @@ pub struct Args {
     #[arg(long, value_name = "NAME", value_parser = operation)]
     op: Option<Operation>,
     /// Random problems for each operation
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
-    cases: u64,
+    #[arg(long, value_name = "N", help = "Random problems for each operation [default: 200, on the emulator 20]", value_parser = clap::value_parser!(u64).range(1..))]
+    cases: Option<u64>,
     /// Seed of the first problem; the next ones count up from it
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -64,6 +68,8 @@ struct Document<'a> {
     passed: usize,
     failed: usize,
     operations: &'a [Report],
+    /// Operations that the device has no kernels for.
+    missing: &'a [&'static str],
 }
 
 impl Args {
@@ -72,30 +78,47 @@ impl Args {
     /// # Errors
     /// If this build lacks the device, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let missing = match self.device {
-            Device::Cpu => None,
-            Device::Emulator => Some("this build has no emulator of a CUDA device"),
-            Device::Cuda => Some("this build has no CUDA device"),
-        };
-        if let Some(missing) = missing {
-            return Err(Error::argument("--device", format!("{missing}; use cpu")).into());
-        }
+        // Opened first, so that a missing device is told before anything else.
+        let gpu = self.device.open()?;
+        let cases = self.cases.unwrap_or(match self.device {
+            Device::Emulator => 20,
+            Device::Cpu | Device::Cuda => 200,
+        });
         let entries = match &self.op {
             Some(Operation(entry)) => vec![*entry],
             None => registry(),
         };
         let interrupt = super::interrupt()?;
         let (console, done) = (Console::default(), AtomicU64::new(0));
-        let reports: Vec<Report> = entries
-            .par_iter()
-            .map(|entry| {
-                stop(interrupt)?;
-                let report = check_operation(entry, self.seed, self.cases);
-                let n = done.fetch_add(1, Ordering::Relaxed) + 1;
-                console.progress("operations", n, entries.len() as u64, entry.name);
-                report
-            })
-            .collect::<Result<_>>()?;
+        let check = |gpu: Option<&Gpu>, entry: &Entry| {
+            stop(interrupt)?;
+            let report = match check_operation(entry, self.seed, cases, gpu) {
+                Err(Error::NoKernel { .. }) => Err(entry.name),
+                report => Ok(report?),
+            };
+            let n = done.fetch_add(1, Ordering::Relaxed) + 1;
+            console.progress("operations", n, entries.len() as u64, entry.name);
+            Ok(report)
+        };
+        let checked: Result<Vec<std::result::Result<Report, &'static str>>> = match &gpu {
+            None => entries.par_iter().map(|entry| check(None, entry)).collect(),
+            // Each operation has an emulator of its own, with a queue of its own.
+            Some(_) if self.device == Device::Emulator => entries
+                .par_iter()
+                .map(|entry| check(self.device.open()?.as_ref(), entry))
+                .collect(),
+            gpu => entries
+                .iter()
+                .map(|entry| check(gpu.as_ref(), entry))
+                .collect(),
+        };
+        let (mut reports, mut missing) = (Vec::new(), Vec::new());
+        for checked in checked? {
+            match checked {
+                Ok(report) => reports.push(report),
+                Err(name) => missing.push(name),
+            }
+        }
         drop(console);
         let failed = reports.iter().filter(|r| !r.failures.is_empty()).count();
         let passed = reports.len() - failed;
@@ -103,27 +126,44 @@ impl Args {
             let document = Document {
                 device: self.device,
                 seed: self.seed,
-                cases: self.cases,
-                tolerance: TOLERANCE,
+                cases,
+                tolerance: if gpu.is_some() {
+                    DEVICE_TOLERANCE
+                } else {
+                    TOLERANCE
+                },
                 passed,
                 failed,
                 operations: &reports,
+                missing: &missing,
             };
             super::print_json(&document)?;
         } else {
-            print(&reports)?;
+            print(&reports, self.device)?;
+            if !missing.is_empty() {
+                outln!(
+                    "no kernels for {}: {}",
+                    super::name_of(&self.device),
+                    missing.join(", ")
+                );
+            }
             outln!("{passed} passed, {failed} failed");
         }
         Ok(ExitCode::from(u8::from(failed > 0)))
     }
 }
 
-fn print(reports: &[Report]) -> Result<()> {
+fn print(reports: &[Report], device: Device) -> Result<()> {
+    let compared = if device == Device::Cpu {
+        "derivatives"
+    } else {
+        "numbers"
+    };
     outln!(
         "{:<18} {:>6} {:>12} {:>12}",
         "operation",
         "cases",
-        "derivatives",
+        compared,
         "worst error"
     );
     for r in reports {
@@ -144,21 +184,34 @@ fn print(reports: &[Report]) -> Result<()> {
         let Some(first) = r.failures.first() else {
             continue;
         };
-        let m = &first.mismatch;
+        let expected = match device {
+            Device::Cpu => "finite difference",
+            Device::Cuda | Device::Emulator => "on the CPU",
+        };
+        let problem = match &first.problem {
+            Problem::Error(problem) => problem.clone(),
+            Problem::Mismatch(m) => {
+                let what = if m.input == "output" { "" } else { "d/d" };
+                format!(
+                    "{what}{}[{}] is {:e}, {expected} {:e}",
+                    m.input, m.element, m.analytic, m.numeric
+                )
+            }
+        };
         outln!(
-            "{}: {} of {} cases failed; seed {}: {}: d/d{}[{}] is {:e}, finite difference {:e}",
+            "{}: {} of {} cases failed; seed {}: {}: {problem}",
             r.op,
             r.failures.len(),
             r.cases,
             first.seed,
-            first.description,
-            m.input,
-            m.element,
-            m.analytic,
-            m.numeric
+            first.description
         );
+        let on = match device {
+            Device::Cpu => String::new(),
+            device => format!(" --device {}", super::name_of(&device)),
+        };
         outln!(
-            "  repeat: echograd gradcheck --op {} --seed {} --cases 1",
+            "  repeat: echograd gradcheck{on} --op {} --seed {} --cases 1",
             r.op,
             first.seed
         );

@@ -841,6 +841,7 @@ fn unary_case(s: &mut Sampler, op: impl Op + Copy + 'static, gap: f64, high: f64
         Ok(vec![t.push(op, v)?])
     })
     .with("x", shape, values)
+    .narrow()
 }
 
 pub(super) fn scale_case(s: &mut Sampler) -> Case {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::data::augment::AugmentConfig;
+use crate::device::gpu::Gpu;
 use crate::error::{Error, Result};
 
 /// Which heads are trained, and whether the consistency term ties them.
@@ -60,6 +61,20 @@ pub enum Device {
     Cuda,
     /// The GPU's kernels, run by an emulator on the processor (not in this build).
     Emulator,
+}
+
+impl Device {
+    /// The GPU or emulator that is meant; none for the processor.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it is not there.
+    pub fn open(self) -> Result<Option<Gpu>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda => Gpu::cuda().map(Some),
+            Self::Emulator => Gpu::emulator().map(Some),
+        }
+    }
 }
 
 /// How the learning rate changes over the steps.

@@ -21,6 +21,8 @@ struct State {
     /// Where launches go while a graph is captured.
     capturing: Option<Vec<Queued>>,
     handles: u64,
+    /// Draws the order of threads.
+    seed: Option<u64>,
 }
 
 /// A launch of a graph.
@@ -106,7 +108,8 @@ impl End for Emulator {
     }
 
     unsafe fn launch(&self, function: &Function, grid: &Grid, arguments: &[u64]) -> Result<()> {
-        if let Some(queue) = &mut self.state().capturing {
+        let mut state = self.state();
+        if let Some(queue) = &mut state.capturing {
             queue.push(Queued {
                 function: function.clone(),
                 grid: *grid,
@@ -114,18 +117,19 @@ impl End for Emulator {
             });
             return Ok(());
         }
+        let seed = state.seed;
+        drop(state);
         let pointers = arguments.iter().map(|a| std::ptr::from_ref(a).cast_mut());
         let mut pointers: Vec<*mut c_void> = pointers.map(<*mut u64>::cast).collect();
         // SAFETY: as this function's contract; a parameter's value lies at the beginning of its word,
         // the processor being little-endian.
-        unsafe {
-            emulator::launch(
-                &function.name,
-                grid.blocks,
-                grid.threads,
-                grid.shared as usize,
-                &mut pointers,
-            )
+        let mut launch = || unsafe {
+            let (blocks, threads, shared) = (grid.blocks, grid.threads, grid.shared as usize);
+            emulator::launch(&function.name, blocks, threads, shared, &mut pointers)
+        };
+        match seed {
+            Some(seed) => emulator::with_seed(seed, launch),
+            None => launch(),
         }
     }
 
@@ -185,4 +189,8 @@ impl End for Emulator {
 
     fn range_push(&self, _: &str) {}
     fn range_pop(&self) {}
+
+    fn reorder(&self, seed: u64) {
+        self.state().seed = Some(seed);
+    }
 }

@@ -64,6 +64,8 @@ pub(crate) trait End: Send + Sync {
     /// A named stretch of the timeline that profilers show (NVTX), where there is one.
     fn range_push(&self, name: &str);
     fn range_pop(&self);
+    /// Chooses the order in which threads run, where there is a choice.
+    fn reorder(&self, _seed: u64) {}
 }
 
 /// What a GPU is, as far as times can be predicted from it.
@@ -123,10 +125,18 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
+    /// The GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if this build has no driver end.
+    pub fn cuda() -> Result<Self> {
+        Err(crate::error::Error::device("cuda", "not in this build"))
+    }
+
     /// The emulator.
     ///
     /// # Errors
-    /// [`Error::Device`] if this build has none.
+    /// [`crate::Error::Device`] if this build has none.
     pub fn emulator() -> Result<Self> {
         #[cfg(feature = "emulator")]
         {
@@ -145,10 +155,22 @@ impl Gpu {
         self.0.description()
     }
 
+    /// Whether activations can be stored as bf16, which takes compute capability 8.0.
+    pub fn has_bf16(&self) -> bool {
+        let (major, _) = self.0.description().capability;
+        major == 0 || major >= 8
+    }
+
+    /// Has the emulator draw the order of its threads from `seed` from now on. A GPU has an order of
+    /// its own.
+    pub fn reorder(&self, seed: u64) {
+        self.0.reorder(seed);
+    }
+
     /// Waits for the work queued so far.
     ///
     /// # Errors
-    /// [`Error::Device`] with whatever a kernel did wrong since the last wait.
+    /// [`crate::Error::Device`] with whatever a kernel did wrong since the last wait.
     pub fn synchronize(&self) -> Result<()> {
         self.0.synchronize()
     }
@@ -164,7 +186,7 @@ impl Gpu {
     /// Device memory with zeros in it.
     ///
     /// # Errors
-    /// [`Error::Device`] if there is not as much.
+    /// [`crate::Error::Device`] if there is not as much.
     pub fn memory(&self, bytes: usize) -> Result<Memory> {
         // No device hands out empty pieces.
         let size = bytes.max(1);
@@ -195,7 +217,7 @@ impl Memory {
     /// Writes `from` at `offset` bytes, behind the work queued so far.
     ///
     /// # Errors
-    /// [`Error::Device`] if the device refuses, or an earlier kernel failed.
+    /// [`crate::Error::Device`] if the device refuses, or an earlier kernel failed.
     ///
     /// # Panics
     /// If it does not fit.
