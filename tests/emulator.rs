@@ -1,5 +1,5 @@
 //! The emulator against plain loops, and against bugs planted for it to find.
-#![cfg(echograd_emulator)]
+#![cfg(feature = "emulator")]
 
 use std::ffi::c_void;
 
@@ -47,6 +47,7 @@ fn under_seeds(test: impl Fn() -> Result<()>) {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn block_sums_are_exact_sums() {
     let (blocks, each) = (7, 1001_i32);
     let x = numbers(blocks * each as usize, 1);
@@ -69,6 +70,7 @@ fn block_sums_are_exact_sums() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn warp_sums_are_exact_sums() {
     let warps = 9_i32;
     let x = numbers(32 * warps as usize, 2);
@@ -91,6 +93,7 @@ fn warp_sums_are_exact_sums() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn tiled_product_with_1024_threads() {
     let n = 45_usize;
     let (a, b) = (numbers(n * n, 3), numbers(n * n, 4));
@@ -115,6 +118,7 @@ fn tiled_product_with_1024_threads() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn tensor_core_product_with_asynchronous_copies() {
     let (m, n, k) = (50_usize, 40_usize, 72_usize);
     let (a, b) = (numbers(m * k, 5), numbers(k * n, 6));
@@ -146,6 +150,7 @@ fn tensor_core_product_with_asynchronous_copies() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn fragments_of_tf32_and_f16() -> Result<()> {
     let (a, b) = (numbers(16 * 8, 7), numbers(8 * 8, 8));
     let (left, right) = (Buffer::from_slice(&a)?, Buffer::from_slice(&b)?);
@@ -175,6 +180,7 @@ fn fragments_of_tf32_and_f16() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn rounding_of_bf16_and_tf32() -> Result<()> {
     // Exact, halfway to even and to odd, beyond halfway, overflow to infinity, subnormal, special.
     let cases: [(u32, u16, u32); 10] = [
@@ -212,6 +218,7 @@ fn rounding_of_bf16_and_tf32() -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn histogram_by_integer_atomics() {
     let x: Vec<u32> = (0..3000_u32)
         .map(|i| i.wrapping_mul(2_654_435_761) >> 28)
@@ -228,6 +235,7 @@ fn histogram_by_integer_atomics() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn warp_operations() {
     let x: Vec<u32> = (0..32_u32).map(|i| i * i % 101).collect();
     let lanes = 0..32_usize;
@@ -258,6 +266,7 @@ fn warp_operations() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn votes_of_a_block() {
     let x: Vec<i32> = (0..96).map(|i| i % 13 - 6).collect();
     let expected = [x.iter().filter(|&&v| v > 0).count() as i32, 1, 1];
@@ -359,6 +368,7 @@ fn planted(name: &str, threads: u32) -> Result<()> {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn right_twins_pass() {
     for (name, threads, ..) in PLANTED {
         under_seeds(|| planted(&format!("planted_{name}_good"), threads));
@@ -366,10 +376,11 @@ fn right_twins_pass() {
 }
 
 #[cfg_attr(
-    not(echograd_emulator_checks = "own"),
+    all(echograd_emulator, not(echograd_emulator_checks = "own")),
     ignore = "another sanitizer was built in"
 )]
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn planted_bugs_are_found_under_every_seed() {
     let source = include_str!("../kernels/selftest/planted.cu");
     for (name, threads, expected, code) in PLANTED {
@@ -400,6 +411,7 @@ fn planted_bugs_are_found_under_every_seed() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn launches_that_the_driver_would_refuse() {
     let fails = |name: &str, grid, block, shared, expected: &str| {
         let (x, n) = (std::ptr::null_mut::<c_void>(), 1_i32);
@@ -443,6 +455,7 @@ fn launches_that_the_driver_would_refuse() {
 }
 
 #[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn parameters_are_listed() {
     assert_eq!(
         emulator::parameters("selftest_block_sum").unwrap(),

@@ -378,11 +378,11 @@ thread_local Worker* tls_worker = nullptr;
 Worker& worker() { return *tls_worker; }
 Thread& self() { return *worker().current; }
 
-const void* address_of(unsigned compressed) {
+[[maybe_unused]] const void* address_of(unsigned compressed) {
     return compressed == 0 ? nullptr
                            : reinterpret_cast<const void*>(worker().image.begin + compressed);
 }
-unsigned compress(const void* at) {
+[[maybe_unused]] unsigned compress(const void* at) {
     return static_cast<unsigned>(reinterpret_cast<uintptr_t>(at) - worker().image.begin);
 }
 
@@ -632,7 +632,8 @@ size_t Worker::place(const void* identity, const char* name, size_t bytes, Where
 }
 
 // Reports an access to shared memory outside of its arrays.
-[[noreturn]] void outside_shared(Worker& w, size_t offset, size_t bytes, bool write, const void* at) {
+[[maybe_unused, noreturn]] void outside_shared(Worker& w, size_t offset, size_t bytes, bool write,
+                                               const void* at) {
     const Array* nearest = nullptr;
     for (const Array& array : w.arrays) {
         if (array.begin <= offset) nearest = &array;
