@@ -68,12 +68,19 @@ enum class Element : int { Bf16, F16, Tf32 };
 [[gnu::const]] dim3 block_size();
 [[gnu::const]] dim3 grid_size();
 
+// Two calls stay two, each with its line: Clang would make one of calls in both arms of an `if`.
+#if __has_attribute(nomerge)
+#define ECHOGRAD_CALL __attribute__((nomerge))
+#else
+#define ECHOGRAD_CALL
+#endif
+
 // Waits for the block; returns for how many threads `predicate` held.
-int barrier(bool predicate, const char* name, Where where);
-void warp_barrier(unsigned mask, Where where);
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, int operand, int width, Where where);
-unsigned vote(Vote kind, unsigned mask, uint64_t value, Where where);
-unsigned reduce(Reduce kind, unsigned mask, unsigned value, Where where);
+ECHOGRAD_CALL int barrier(bool predicate, const char* name, Where where);
+ECHOGRAD_CALL void warp_barrier(unsigned mask, Where where);
+ECHOGRAD_CALL uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, int operand, int width, Where where);
+ECHOGRAD_CALL unsigned vote(Vote kind, unsigned mask, uint64_t value, Where where);
+ECHOGRAD_CALL unsigned reduce(Reduce kind, unsigned mask, unsigned value, Where where);
 // `bytes` is 4 or 8; returns the old value.
 uint64_t atomic(Atomic kind, void* address, int bytes, uint64_t value, uint64_t compare);
 void fence();
@@ -86,9 +93,9 @@ void* dynamic_shared(size_t element);
 void cp_async(void* shared, const void* global, int bytes, int valid);
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
-void ldmatrix(unsigned* fragments, int matrices, bool transpose, const void* row, Where where);
+ECHOGRAD_CALL void ldmatrix(unsigned* fragments, int matrices, bool transpose, const void* row, Where where);
 // D += A·B on one warp: 16×8×16 for 16-bit elements, 16×8×8 for tf32.
-void mma(Element element, float* d, const unsigned* a, const unsigned* b, Where where);
+ECHOGRAD_CALL void mma(Element element, float* d, const unsigned* a, const unsigned* b, Where where);
 
 template <class T>
 uint64_t to_bits(T value) {

@@ -1190,8 +1190,8 @@ void cp_async_wait(int pending_groups) {
     auto done = [&](const Copy& copy) {
         return copy.group + static_cast<unsigned>(pending_groups) < thread.groups;
     };
-    auto& copies = thread.copies;
-    auto rest = std::stable_partition(copies.begin(), copies.end(), done);
+    auto& copies = thread.copies;  // in the order of their groups
+    auto rest = std::find_if_not(copies.begin(), copies.end(), done);
     std::for_each(copies.begin(), rest, [&](const Copy& copy) { complete(w, copy); });
     copies.erase(copies.begin(), rest);
 }
