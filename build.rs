@@ -15,20 +15,20 @@ mod emulator;
 #[path = "kernels/build/nvcc.rs"]
 mod nvcc;
 
-/// The .cu files of some folders, sorted.
+/// The files of some folders that end in `.extension`, sorted.
 #[cfg(any(feature = "cuda", feature = "emulator"))]
-fn sources(folders: &[&str]) -> Vec<std::path::PathBuf> {
+fn files(folders: &[&str], extension: &str) -> Vec<std::path::PathBuf> {
     let root = std::env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo");
     let root = std::path::Path::new(&root);
-    let mut sources: Vec<_> = folders
+    let mut files: Vec<_> = folders
         .iter()
         .filter_map(|folder| std::fs::read_dir(root.join(folder)).ok())
         .flatten()
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "cu"))
+        .filter(|path| path.extension().is_some_and(|e| e == extension))
         .collect();
-    sources.sort();
-    sources
+    files.sort();
+    files
 }
 
 fn main() {
@@ -44,7 +44,7 @@ fn main() {
         r#"cargo::rustc-check-cfg=cfg(echograd_emulator_checks, values("own", "address", "thread", "off"))"#
     );
     #[cfg(feature = "emulator")]
-    emulator::build(&sources(&["kernels", "kernels/selftest"]));
+    emulator::build(&files(&["kernels", "kernels/selftest"], "cu"));
     #[cfg(feature = "cuda")]
-    nvcc::build(&sources(&["kernels"]));
+    nvcc::build(&files(&["kernels"], "cu"), &files(&["kernels"], "cuh"));
 }

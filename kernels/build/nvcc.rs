@@ -12,7 +12,7 @@ use std::{env, fs};
 const ARCHITECTURES: [&str; 7] = ["75", "80", "86", "89", "90a", "100", "120"];
 const PTX: &str = "80";
 
-pub fn build(sources: &[PathBuf]) {
+pub fn build(sources: &[PathBuf], headers: &[PathBuf]) {
     for variable in ["ECHOGRAD_NVCC", "CUDA_HOME", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
@@ -28,17 +28,41 @@ pub fn build(sources: &[PathBuf]) {
             None
         }
     });
-    let mut list = String::from("&[\n");
+    let mut text = String::from("/// All modules, by name.\npub static MODULES: &[Module] = &[\n");
     for (i, source) in sources.iter().enumerate() {
         let name = source.file_stem().expect("a .cu file").to_string_lossy();
         let code = match &compiled {
-            Some(files) => format!("Code::Fatbin(include_bytes!({:?}))", files[i]),
+            Some(compiled) => format!("Code::Fatbin(include_bytes!({:?}))", compiled.files[i]),
             None => format!("Code::Source(include_str!({source:?}))"),
         };
-        writeln!(list, "    Module {{ name: {name:?}, code: {code} }},").expect("a String");
+        writeln!(text, "    Module {{ name: {name:?}, code: {code} }},").expect("a String");
     }
-    list.push_str("]\n");
-    fs::write(out.join("modules.rs"), list).expect("OUT_DIR is writable");
+    text.push_str(
+        "];\n/// What the modules include, by name.\npub static HEADERS: &[(&str, &str)] = &[\n",
+    );
+    for header in headers {
+        let name = header.file_name().expect("a .cuh file").to_string_lossy();
+        writeln!(text, "    ({name:?}, include_str!({header:?})),").expect("a String");
+    }
+    let compiler = compiled.map(|compiled| {
+        let (version, known) = (compiled.version, compiled.architectures);
+        format!("Compiler {{ version: {version:?}, architectures: &{known:?}, ptx: {PTX:?} }}")
+    });
+    let compiler = compiler.map_or("None".to_owned(), |compiler| format!("Some({compiler})"));
+    writeln!(
+        text,
+        "];\n/// What compiled the modules, if they are machine code.\n\
+         pub static COMPILER: Option<Compiler> = {compiler};"
+    )
+    .expect("a String");
+    fs::write(out.join("modules.rs"), text).expect("OUT_DIR is writable");
+}
+
+/// What nvcc made.
+struct Compiled {
+    files: Vec<PathBuf>,
+    version: (u32, u32),
+    architectures: Vec<&'static str>,
 }
 
 fn find() -> Option<PathBuf> {
@@ -54,16 +78,22 @@ fn find() -> Option<PathBuf> {
 }
 
 /// Compiles each source, all at once.
-fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>, String> {
-    let known = Command::new(nvcc)
-        .arg("--list-gpu-code")
-        .output()
-        .map_err(|e| e.to_string())?;
-    let known = String::from_utf8_lossy(&known.stdout);
+fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Compiled, String> {
+    let ask = |question: &str| {
+        let answer = Command::new(nvcc).arg(question).output();
+        let answer = answer.map_err(|e| e.to_string())?;
+        Ok::<_, String>(String::from_utf8_lossy(&answer.stdout).into_owned())
+    };
+    let version = version(&ask("--version")?).ok_or("tells no version")?;
+    let known = ask("--list-gpu-code")?;
     let knows = |arch: &str| {
         let base = format!("sm_{}", arch.trim_end_matches('a'));
         known.lines().any(|line| line.trim() == base)
     };
+    let architectures: Vec<&str> = ARCHITECTURES
+        .into_iter()
+        .filter(|arch| knows(arch))
+        .collect();
     let mut children = Vec::new();
     for source in sources {
         let fatbin = out.join(
@@ -77,7 +107,7 @@ fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>,
             .args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-o"])
             .arg(&fatbin)
             .arg(source);
-        for arch in ARCHITECTURES.into_iter().filter(|arch| knows(arch)) {
+        for arch in &architectures {
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
         }
         command.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
@@ -94,5 +124,17 @@ fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>,
         }
         files.push(fatbin);
     }
-    Ok(files)
+    Ok(Compiled {
+        files,
+        version,
+        architectures,
+    })
+}
+
+/// The version in "Cuda compilation tools, release 13.0, V13.0.88".
+fn version(text: &str) -> Option<(u32, u32)> {
+    let (_, rest) = text.split_once("release ")?;
+    let (major, rest) = rest.split_once('.')?;
+    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }

@@ -133,6 +133,10 @@ impl End for Emulator {
         }
     }
 
+    fn occupancy(&self, _: &Function, _: &Grid) -> Result<u32> {
+        Ok(0)
+    }
+
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }

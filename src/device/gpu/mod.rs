@@ -11,6 +11,8 @@
 //! Work is queued on one stream, in order. Nothing waits for it but [`Session::read`] and
 //! [`Gpu::synchronize`].
 
+#[cfg(feature = "cuda")]
+pub(crate) mod driver;
 #[cfg(feature = "emulator")]
 mod emulated;
 pub mod launch;
@@ -49,6 +51,8 @@ pub(crate) trait End: Send + Sync {
         grid: &launch::Grid,
         arguments: &[u64],
     ) -> Result<()>;
+    /// Blocks of that launch that fit on one multiprocessor; 0 where the end has none.
+    fn occupancy(&self, function: &Function, grid: &launch::Grid) -> Result<u32>;
     /// Waits for the work queued so far.
     fn synchronize(&self) -> Result<()>;
     /// A point in the queue whose time can be taken.
@@ -125,14 +129,6 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// The GPU.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if this build has no driver end.
-    pub fn cuda() -> Result<Self> {
-        Err(crate::error::Error::device("cuda", "not in this build"))
-    }
-
     /// The emulator.
     ///
     /// # Errors
@@ -147,6 +143,21 @@ impl Gpu {
         Err(crate::error::Error::device(
             "emulator",
             "not in this build, which lacks the feature `emulator`",
+        ))
+    }
+
+    /// The NVIDIA GPU that `ECHOGRAD_GPU` names by its number, or the first.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if this build serves none, if there is no driver or GPU or an old one, or if
+    /// it is in use; [`crate::Error::Argument`] if there is no GPU of that number.
+    pub fn cuda() -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        return Ok(Self(Arc::new(driver::Driver::open()?)));
+        #[cfg(not(feature = "cuda"))]
+        Err(crate::error::Error::device(
+            "cuda",
+            "not in this build, which lacks the feature `cuda`",
         ))
     }
 
@@ -165,6 +176,14 @@ impl Gpu {
     /// its own.
     pub fn reorder(&self, seed: u64) {
         self.0.reorder(seed);
+    }
+
+    /// Blocks of a launch that fit on one multiprocessor at a time; 0 on the emulator.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if its blocks fit on none.
+    pub fn occupancy(&self, launch: &launch::Launch) -> Result<u32> {
+        self.0.occupancy(&launch.function, &launch.grid)
     }
 
     /// Waits for the work queued so far.
