@@ -40,6 +40,7 @@ fn main() {
         println!("cargo::rustc-cfg=echograd_data");
     }
     println!("cargo::rustc-check-cfg=cfg(echograd_emulator)");
+    println!("cargo::rustc-check-cfg=cfg(echograd_emulator_clang)");
     println!(
         r#"cargo::rustc-check-cfg=cfg(echograd_emulator_checks, values("own", "address", "thread", "off"))"#
     );

@@ -137,6 +137,9 @@ fn compile(root: &Path, files: &[PathBuf], out: &Path) -> Result<Vec<String>, Pr
         .try_compile("echograd_emulator")
         .map_err(broken)?;
     println!("cargo::rustc-cfg=echograd_emulator_checks=\"{chosen}\"");
+    if compiler.is_like_clang() {
+        println!("cargo::rustc-cfg=echograd_emulator_clang");
+    }
     if let Some(library) = link {
         link_sanitizer(library, &compiler);
     }
