@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
+use super::pointwise::{Add, Scale};
 use super::rows::{Identity, Lanewise, Rows};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
@@ -538,7 +539,7 @@ impl Op for AvgPool2dGradient {
 
 /// Average of each channel over each image: N×H×W×C → N×1×1×C.
 ///
-/// Passes over memory: reads `x`; the gradient writes `dx`.
+/// Passes over memory: reads `x`; the gradient writes `dx`, or adds to it where `x` has other uses.
 #[derive(Clone, Copy, Debug)]
 pub struct GlobalAvgPool;
 
@@ -578,8 +579,15 @@ impl Op for GlobalAvgPool {
             return Ok(());
         };
         let x = at.shape(at.input(0));
-        let dx = at.push(GlobalAvgPoolGradient { x }, &[dy])?;
-        at.set(0, dx)
+        let Some(sum) = at.pending(0) else {
+            let dx = at.push(GlobalAvgPoolGradient { x }, &[dy])?;
+            return at.set(0, dx);
+        };
+        // Added to what there is, the gradient need not be spread over the image first.
+        let factor = 1.0 / x.pixels() as f64;
+        let each = at.push(Scale { factor }, &[dy])?;
+        let dx = at.push(Add, &[sum, each])?;
+        at.set_sum(0, dx)
     }
 }
 
@@ -702,6 +710,38 @@ mod tests {
 
     use super::*;
     use crate::ops::apply;
+
+    #[test]
+    fn the_gradient_of_an_average_joins_that_of_other_uses() {
+        use crate::device::cpu::Session;
+        use crate::tape::{Plan, Tape};
+        let shape = Shape::new(2, 3, 5, 4);
+        let mut tape = Tape::new();
+        let x = tape.input("x", shape);
+        let average = tape.push(GlobalAvgPool, &[x]).unwrap();
+        let other = tape.push(Scale { factor: 2.0 }, &[x]).unwrap();
+        let seeds = [average, other].map(|y| {
+            let dy = tape.input("dy", tape.shape(y));
+            (y, dy)
+        });
+        let dx = tape.backward_from(&seeds, &[x]).unwrap()[0].unwrap();
+        tape.keep(dx);
+        let mut session =
+            Session::<f64>::new(Plan::new(&tape, Default::default()).unwrap()).unwrap();
+        let mut s = Sampler::new(1);
+        let [of_average, of_other] =
+            [shape.n * shape.c, shape.len()].map(|len| s.values(len, -1.0, 1.0));
+        session.write(seeds[0].1, &of_average);
+        session.write(seeds[1].1, &of_other);
+        session.run();
+        for (i, dx) in session.read(dx).iter().enumerate() {
+            let average = of_average[i / (shape.len() / 2) * shape.c + i % shape.c];
+            let expected = 2.0 * of_other[i] + average / 15.0;
+            assert!((dx - expected).abs() < 1e-15, "{i}: {dx} for {expected}");
+        }
+        let spread = |step: &crate::tape::Step| step.op.name() == "global_avg_pool_gradient";
+        assert!(!tape.steps().iter().any(spread));
+    }
 
     /// What `combine` makes of each window's elements inside the image, in scan order.
     fn reference(

@@ -329,17 +329,19 @@ impl Tape {
             let mut backward = Backward {
                 output_gradients: step.outputs.iter().map(|v| gradients[v.index()]).collect(),
                 wanted: step.inputs.iter().map(|v| needed[v.index()]).collect(),
+                pending: step.inputs.iter().map(|v| gradients[v.index()]).collect(),
                 input_gradients: vec![None; step.inputs.len()],
+                summed: vec![false; step.inputs.len()],
                 tape: self,
                 step: &step,
             };
             step.op.backward(&mut backward)?;
-            let found = backward.input_gradients;
-            for (&input, gradient) in step.inputs.iter().zip(found) {
+            let found = backward.input_gradients.into_iter().zip(backward.summed);
+            for (&input, (gradient, summed)) in step.inputs.iter().zip(found) {
                 let Some(gradient) = gradient else { continue };
                 let sum = match gradients[input.index()] {
-                    Some(other) => self.push(Add, &[other, gradient])?,
-                    None => gradient,
+                    Some(other) if !summed => self.push(Add, &[other, gradient])?,
+                    _ => gradient,
                 };
                 gradients[input.index()] = Some(sum);
             }
@@ -360,7 +362,9 @@ pub struct Backward<'a> {
     step: &'a Step,
     output_gradients: Vec<Option<Var>>,
     wanted: Vec<bool>,
+    pending: Vec<Option<Var>>,
     input_gradients: Vec<Option<Var>>,
+    summed: Vec<bool>,
 }
 
 impl Backward<'_> {
@@ -420,6 +424,26 @@ impl Backward<'_> {
     /// As [`Tape::push_all`].
     pub fn push_all(&mut self, op: impl Op + 'static, inputs: &[Var]) -> Result<Vec<Var>> {
         self.tape.push_all(op, inputs)
+    }
+
+    /// The gradient that reached input `i` from later uses of the same value, if there are any. An operation
+    /// that can add to it at less cost than [`Add`] does so, and declares the result with
+    /// [`Backward::set_sum`].
+    pub fn pending(&self, i: usize) -> Option<Var> {
+        let input = self.step.inputs[i];
+        let uses = self.step.inputs.iter().filter(|&&v| v == input).count();
+        // A value that the step reads twice also gets a gradient by its other use.
+        self.pending[i].filter(|_| uses == 1)
+    }
+
+    /// Declares the gradient of input `i` together with what was [`Backward::pending`].
+    ///
+    /// # Errors
+    /// As [`Backward::set`].
+    pub fn set_sum(&mut self, i: usize, sum: Var) -> Result<()> {
+        self.set(i, sum)?;
+        self.summed[i] = true;
+        Ok(())
     }
 
     /// Declares the gradient of input `i`, which must have that input's shape.
