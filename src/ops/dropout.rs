@@ -34,7 +34,7 @@ impl<T: Real> Kernel<T> for Dropout {
         let x = (!io.in_place()).then(|| io.input(0));
         let step = io.input(1)[control::STEP].wide() as u64;
         let philox = Philox::new(self.seed, u64::from(self.layer) << 32 | step);
-        let threshold = (self.rate * 2f64.powi(32)) as u32;
+        let threshold = threshold(self.rate);
         let scale = T::of(1.0 / (1.0 - self.rate));
         y.par_chunks_mut(PIECE).enumerate().for_each(|(i, y)| {
             if let Some(x) = x {
@@ -59,18 +59,7 @@ impl Op for Dropout {
         "dropout"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        if !(0.0..1.0).contains(&self.rate) {
-            let problem = format!("expected a rate in 0..1, found {}", self.rate);
-            return Err(Error::shape(self.name(), problem));
-        }
-        let expected = Shape::per_channel(control::LEN);
-        if inputs[1] != expected {
-            let problem = format!(
-                "expected a control vector of {expected}, found {}",
-                inputs[1]
-            );
-            return Err(Error::shape(self.name(), problem));
-        }
+        check(self.name(), self.rate, inputs[1])?;
         Ok(vec![inputs[0]])
     }
     /// Not counting the integer arithmetic of the random numbers.
@@ -87,6 +76,25 @@ impl Op for Dropout {
         let gradient = at.push(*self, &[dy, at.input(1)])?;
         at.set(0, gradient)
     }
+}
+
+/// The least random word of what is not dropped.
+pub(super) fn threshold(rate: f64) -> u32 {
+    (rate * 2f64.powi(32)) as u32
+}
+
+/// Refuses a rate outside of 0..1, and anything but a control vector as `control`.
+pub(super) fn check(op: &'static str, rate: f64, control: Shape) -> Result<()> {
+    if !(0.0..1.0).contains(&rate) {
+        let problem = format!("expected a rate in 0..1, found {rate}");
+        return Err(Error::shape(op, problem));
+    }
+    let expected = Shape::per_channel(control::LEN);
+    if control != expected {
+        let problem = format!("expected a control vector of {expected}, found {control}");
+        return Err(Error::shape(op, problem));
+    }
+    Ok(())
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {

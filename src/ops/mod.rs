@@ -10,12 +10,17 @@
 //! work is split into pieces of fixed size and partial sums are added in a fixed order.
 
 pub mod activation;
+pub mod add_relu;
 pub mod batch_norm;
 pub mod concat;
 pub mod consistency;
 pub mod conv2d;
+pub mod conv_transpose2d;
+pub mod depthwise_conv2d;
 pub mod dropout;
+pub mod gate;
 pub mod group_norm;
+pub mod layer_norm;
 pub mod losses;
 pub mod mask_head;
 pub mod moments;
@@ -26,6 +31,7 @@ pub mod pool;
 pub mod prior;
 mod rows;
 pub mod shape_features;
+pub mod stochastic_depth;
 pub mod upsample;
 
 use std::fmt::Debug;
@@ -172,9 +178,26 @@ pub fn registry() -> Vec<Entry> {
         entry("relu", "max(x, 0)", pointwise::relu_case),
         entry("conv2d", "x ∗ w", conv2d::conv2d_case),
         entry("linear", "x·wᵀ", conv2d::linear_case),
+        entry(
+            "depthwise_conv2d",
+            "x ∗ w, each channel by itself",
+            depthwise_conv2d::case,
+        ),
+        entry(
+            "conv_transpose2d",
+            "the transpose of x ∗ w",
+            conv_transpose2d::case,
+        ),
+        entry("add_relu", "max(a + b, 0)", add_relu::case),
+        entry("gate", "x·σ(z), z per channel or per pixel", gate::case),
         entry("silu", "x·σ(x)", pointwise::silu_case),
         entry("sigmoid", "σ(x)", pointwise::sigmoid_case),
         entry("dropout", "x or 0, at random", dropout::case),
+        entry(
+            "stochastic_depth",
+            "residual + x or 0, at random for each image",
+            stochastic_depth::case,
+        ),
         entry("concat", "channels of several tensors", concat::case),
         entry(
             "bce_with_logits",
@@ -216,6 +239,11 @@ pub fn registry() -> Vec<Entry> {
             "group_norm",
             "activation of x normalised over groups of channels",
             group_norm::group_norm_case,
+        ),
+        entry(
+            "layer_norm",
+            "x normalised over the channels of each pixel",
+            layer_norm::case,
         ),
         entry("max_pool2d", "maximum over windows", pool::max_pool2d_case),
         entry("avg_pool2d", "average over windows", pool::avg_pool2d_case),

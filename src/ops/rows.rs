@@ -176,6 +176,45 @@ impl Rows {
                 });
                 sums.iter_mut().for_each(|sums| fold(sums, self.channels));
             });
+        self.add_pieces::<T, M>(sums);
+    }
+
+    /// [`Rows::map`] and [`Rows::sum`] in one pass: the first result goes to `y`, the second is summed.
+    pub fn map_sum<T: Real, const S: usize, const K: usize>(
+        &self,
+        f: impl Lanewise<S, K, 2>,
+        x: [Option<&[T]>; S],
+        tables: &[T],
+        y: &mut [T],
+        sums: &mut [T],
+    ) {
+        let period = self.period;
+        y.par_chunks_mut(self.segment)
+            .zip(sums.par_chunks_mut(self.pieces() * period))
+            .enumerate()
+            .for_each(|(s, (y, sums))| {
+                let tables = self.tables_of(tables, s);
+                y.par_chunks_mut(self.piece())
+                    .zip(sums.par_chunks_mut(period))
+                    .enumerate()
+                    .for_each(|(p, (y, sums))| {
+                        let x = x.map(|x| x.map(|x| &x[self.range(s, p)]));
+                        simd::dispatch(MapSum {
+                            f,
+                            x,
+                            tables,
+                            y,
+                            sums: &mut *sums,
+                        });
+                        fold(sums, self.channels);
+                    });
+            });
+        self.add_pieces::<T, 1>(sums);
+    }
+
+    /// Adds the folded sums of all pieces of a segment to those of its first.
+    fn add_pieces<T: Real, const M: usize>(&self, sums: &mut [T]) {
+        let (period, pieces) = (self.period, self.pieces());
         for sums in sums[..self.sums_len(M)].chunks_exact_mut(pieces * M * period) {
             for m in 0..M {
                 for first in (0..self.channels).step_by(MAX_LANES) {
@@ -394,6 +433,51 @@ fn load_or<L: Lanes, const S: usize>(
         *slice = from.unwrap_or(y);
     }
     load(slices, column, full)
+}
+
+/// [`Rows::map_sum`] of one piece, not yet folded.
+struct MapSum<'a, T, F, const S: usize, const K: usize> {
+    f: F,
+    x: [Option<&'a [T]>; S],
+    tables: [&'a [T]; K],
+    y: &'a mut [T],
+    sums: &'a mut [T],
+}
+
+impl<T: Real, F: Lanewise<S, K, 2>, const S: usize, const K: usize> simd::Kernel<T>
+    for MapSum<'_, T, F, S, K>
+{
+    type Out = ();
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) {
+        let period = self.sums.len();
+        self.sums.fill(T::zero());
+        for (row, y) in self.y.chunks_mut(period).enumerate() {
+            let mut x = self.x;
+            for x in x.iter_mut().flatten() {
+                *x = &x[row * period..][..y.len()];
+            }
+            let full = y.len() - y.len() % L::N;
+            for column in (0..full).step_by(L::N) {
+                let [result, term] = self.f.at(
+                    load_or::<L, S>(x, y, column, true),
+                    load(self.tables, column, true),
+                );
+                result.store(&mut y[column..]);
+                let sums = &mut self.sums[column..];
+                (L::load(sums) + term).store(sums);
+            }
+            if full < y.len() {
+                let [result, term] = self.f.at(
+                    load_or::<L, S>(x, y, full, false),
+                    load(self.tables.map(|table| &table[..y.len()]), full, false),
+                );
+                result.store_first(&mut y[full..]);
+                let sums = &mut self.sums[full..y.len()];
+                (L::load_first(sums) + term).store_first(sums);
+            }
+        }
+    }
 }
 
 /// [`Rows::sum`] of one piece, not yet folded.

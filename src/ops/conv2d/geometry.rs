@@ -50,6 +50,11 @@ impl Geometry {
         })
     }
 
+    /// Extent of the input.
+    pub fn input(&self) -> Shape {
+        self.x
+    }
+
     /// Extent of the output.
     pub fn output(&self) -> Shape {
         let count = |axis: usize, extent: usize, kernel: usize| {
