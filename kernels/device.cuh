@@ -113,18 +113,101 @@ __device__ __forceinline__ bool is_aligned(const void* address) {
     return reinterpret_cast<unsigned long long>(address) % Bytes == 0;
 }
 
+// An address that was read from memory, of which the compiler is told that it is one of global memory:
+// accesses by it are then cheaper.
+template <class T>
+__device__ __forceinline__ T* global_address(T* address) {
+#if !ECHOGRAD_EMULATOR
+    __builtin_assume(__isGlobal(address));
+#endif
+    return address;
+}
+
+// Count consecutive elements in as few accesses of at most 16 bytes as they take, kept as stored until
+// they are wanted, so that several loads can be under way. Addresses are multiples of 16 or, where all
+// are fewer bytes, of their size.
+template <class T, int Count>
+struct Loaded {
+    static constexpr int kWidth = Count * sizeof(T) > 16 ? 16 / sizeof(T) : Count;
+    Vector<T, kWidth> parts[Count / kWidth];
+
+    __device__ __forceinline__ explicit Loaded(const T* x) {
+#pragma unroll
+        for (int i = 0; i < Count / kWidth; ++i) {
+            parts[i] = reinterpret_cast<const Vector<T, kWidth>*>(x)[i];
+        }
+    }
+    __device__ __forceinline__ float operator[](int i) const {
+        return to_float(parts[i / kWidth].at[i % kWidth]);
+    }
+};
+
+// Rounds and stores 16 bytes of elements, to an address that is a multiple of 16.
+__device__ __forceinline__ void store_vector(float* y, const float (&v)[4]) {
+    *reinterpret_cast<Vector<float, 4>*>(y) = {{v[0], v[1], v[2], v[3]}};
+}
+__device__ __forceinline__ void store_vector(bf16* y, const float (&v)[8]) {
+    *reinterpret_cast<Vector<unsigned, 4>*>(y) = {{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                                                   pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])}};
+}
+
+// i / extent and i % extent, by the short division where i allows it.
+struct Division {
+    size_t quotient;
+    unsigned remainder;
+};
+__device__ __forceinline__ Division divide(size_t i, unsigned extent) {
+    if (i <= 0xffffffffu) {
+        const unsigned low = static_cast<unsigned>(i);
+        return {low / extent, low % extent};
+    }
+    return {i / extent, static_cast<unsigned>(i % extent)};
+}
+
+// ---- Functions ----
+
+// (σ(x), σ(−x)) to full relative accuracy in both tails; NaN for NaN.
+struct Sigmoid {
+    float value, complement;
+};
+__device__ __forceinline__ Sigmoid sigmoid(float x) {
+    const float e = expf(-fabsf(x));
+    const float large = __fdividef(1.0f, 1.0f + e), small = e * large;
+    return x < 0.0f ? Sigmoid{small, large} : Sigmoid{large, small};
+}
+
+// Philox4x32-10 (Salmon et al. 2011), as src/device/philox.rs: block `counter` of a stream of a seed.
+__device__ __forceinline__ uint4 philox(unsigned long long seed, unsigned long long stream,
+                                        unsigned long long counter) {
+    unsigned key0 = static_cast<unsigned>(seed), key1 = static_cast<unsigned>(seed >> 32);
+    uint4 x = make_uint4(static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32),
+                         static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32));
+#pragma unroll
+    for (int round = 0; round < 10; ++round) {
+        const unsigned long long a = 0xD2511F53ull * x.x, b = 0xCD9E8D57ull * x.z;
+        x = make_uint4(static_cast<unsigned>(b >> 32) ^ x.y ^ key0, static_cast<unsigned>(b),
+                       static_cast<unsigned>(a >> 32) ^ x.w ^ key1, static_cast<unsigned>(a));
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    return x;
+}
+
 // ---- Reductions: fixed trees, so the same bits at every run ----
 
 struct Sum {
-    __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+    template <class T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a + b;
+    }
 };
 struct Max {
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
 // The reduction over all 32 lanes, in every lane.
-template <class F>
-__device__ __forceinline__ float warp_reduce(float x, F combine) {
+template <class T, class F>
+__device__ __forceinline__ T warp_reduce(T x, F combine) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
         x = combine(x, __shfl_xor_sync(kFullWarp, x, offset));
@@ -133,9 +216,9 @@ __device__ __forceinline__ float warp_reduce(float x, F combine) {
 }
 
 // The reduction over a block of Threads threads (a multiple of 32), in every thread. All of them
-// must call it. `scratch` is Threads / 32 floats of shared memory, free again after the next barrier.
-template <int Threads, class F>
-__device__ __forceinline__ float block_reduce(float x, float* scratch, F combine) {
+// must call it. `scratch` is Threads / 32 elements of shared memory, free again after the next barrier.
+template <int Threads, class T, class F>
+__device__ __forceinline__ T block_reduce(T x, T* scratch, F combine) {
     static_assert(Threads % 32 == 0 && Threads <= 1024, "whole warps");
     x = warp_reduce(x, combine);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;

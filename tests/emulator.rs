@@ -5,6 +5,7 @@ use std::ffi::c_void;
 
 use echograd::Result;
 use echograd::device::emulator::{self, Buffer, SEEDS};
+use echograd::device::philox::Philox;
 
 /// Launches with a list of arguments, each a variable that outlives the launch.
 macro_rules! launch {
@@ -145,6 +146,58 @@ fn tensor_core_product_with_asynchronous_copies() {
             ik
         )?;
         assert_eq!(output.to_vec::<f32>(), expected);
+        Ok(())
+    });
+}
+
+/// The published known answers (src/device/philox.rs), and blocks of the host's streams.
+#[test]
+fn random_numbers_are_those_of_the_host() {
+    let published = [
+        (
+            0,
+            0,
+            0,
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8],
+        ),
+        (
+            u64::MAX,
+            u64::MAX,
+            u64::MAX,
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
+        ),
+        (
+            0x299f_31d0_a409_3822,
+            0x0370_7344_1319_8a2e,
+            0x85a3_08d3_243f_6a88,
+            [0xd16c_fe09_u32, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+        ),
+    ];
+    let blocks = |seed: u64, stream: u64, counters: &[u64]| -> Result<Vec<[u32; 4]>> {
+        let from = Buffer::from_slice(counters)?;
+        let to = Buffer::new(16 * counters.len())?;
+        let (pf, pt, count) = (from.address(), to.address(), counters.len() as i32);
+        launch!(
+            "selftest_philox",
+            [counters.len().div_ceil(32) as u32, 1, 1],
+            [32, 1, 1],
+            0,
+            seed,
+            stream,
+            pf,
+            pt,
+            count
+        )?;
+        Ok(to.to_vec())
+    };
+    under_seeds(|| {
+        for (seed, stream, counter, words) in published {
+            assert_eq!(blocks(seed, stream, &[counter])?, [words]);
+        }
+        let counters: Vec<u64> = (0..70).map(|i| i << (i % 40)).collect();
+        let host = Philox::new(11, 5 << 32 | 7);
+        let expected: Vec<[u32; 4]> = counters.iter().map(|&i| host.block(i)).collect();
+        assert_eq!(blocks(11, 5 << 32 | 7, &counters)?, expected);
         Ok(())
     });
 }

@@ -199,3 +199,11 @@ extern "C" __global__ void __launch_bounds__(1024) selftest_mmas(float* out, int
     if (threadIdx.x == 0) out[blockIdx.x] = d[0];
 #endif
 }
+
+// words[i] = the Philox block of counters[i] in a stream of a seed.
+extern "C" __global__ void __launch_bounds__(32)
+selftest_philox(unsigned long long seed, unsigned long long stream, const unsigned long long* counters,
+                uint4* words, int count) {
+    const int i = blockIdx.x * 32 + threadIdx.x;
+    if (i < count) words[i] = philox(seed, stream, counters[i]);
+}

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use super::pointwise::{self, Add, Binary, Relu, ReluGradient, Unary};
+use super::pointwise::{self, Add, Binary, Named, Relu, Slope, Unary};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::Launches;
 use crate::device::simd::Lanes;
 use crate::error::Result;
 use crate::gradcheck::{Case, Sampler};
@@ -51,9 +52,16 @@ impl Op for AddRelu {
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
-        let gradient = at.push(ReluGradient, &[dy, at.output(0)])?;
+        let gradient = at.push(Slope(Relu), &[dy, at.output(0)])?;
         (0..2).try_for_each(|i| at.set(i, gradient))
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        pointwise::launch_zip::<Self>(at, &[])
+    }
+}
+
+impl Named for AddRelu {
+    const KERNEL: &'static str = "add_relu";
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
@@ -63,7 +71,9 @@ pub(super) fn case(s: &mut Sampler) -> Case {
     let b = sums.iter().zip(&a).map(|(sum, a)| sum - a).collect();
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(AddRelu, v)?]))
         .with("a", shape, a)
+        .narrow()
         .with("b", shape, b)
+        .narrow()
 }
 
 #[cfg(test)]

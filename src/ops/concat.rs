@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::pointwise::rows_of_piece;
+use super::pointwise::{extent, grid_of_moves, rows_of_piece};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Launches, kernel};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
@@ -35,6 +36,51 @@ impl<T: Real> Kernel<T> for Concat {
                     start += width;
                 }
             });
+    }
+}
+
+/// Launches the kernel that puts each row of output 0 together from `parts`: of which input they are, the first
+/// channel there, and how many.
+fn join(at: &mut Launches<'_>, name: &'static str, parts: &[(usize, usize, usize)]) -> Result<()> {
+    let (y, shape) = (at.output(0), at.output_shape(0));
+    let size = if y.is_narrow() { 2 } else { 4 };
+    // The largest unit of which everything is a multiple.
+    let mut bits = shape.c * size | y.address() as usize | 16;
+    for &(input, first, channels) in parts {
+        let x = at.input(input);
+        if x.is_narrow() != y.is_narrow() {
+            let problem = "expected one storage type, found f32 and bf16";
+            return Err(Error::device(name, problem));
+        }
+        bits |= (at.input_shape(input).c | first | channels) * size | x.address() as usize;
+    }
+    let unit = 1 << bits.trailing_zeros();
+    let units = |elements: usize| (elements * size / unit as usize) as u64;
+    let (mut table, mut start) = (Vec::new(), 0);
+    for &(input, first, channels) in parts {
+        let address = at.input(input).address() + (first * size) as u64;
+        table.extend([address, units(at.input_shape(input).c), units(start)]);
+        start += channels;
+    }
+    let arguments = JoinRows {
+        parts: at.constant(&table)?.into(),
+        count: parts.len() as i32,
+        y: y.address(),
+        len: units(shape.len()),
+        width: extent(name, units(shape.c) as usize)?,
+        unit,
+    };
+    at.launch(grid_of_moves(units(shape.len()) as usize), &arguments)
+}
+
+kernel! {
+    struct JoinRows = "join_rows" {
+        parts: Full,
+        count: i32,
+        y: u64,
+        len: u64,
+        width: u32,
+        unit: i32,
     }
 }
 
@@ -76,6 +122,11 @@ impl Op for Concat {
             start += channels;
         }
         Ok(())
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let parts = (0..at.inputs()).map(|i| (i, 0, at.input_shape(i).c));
+        let parts: Vec<_> = parts.collect();
+        join(at, self.name(), &parts)
     }
 }
 
@@ -120,6 +171,9 @@ impl Op for SliceChannels {
     fn flops(&self, _: &[Shape], _: &[Shape]) -> u64 {
         0
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        join(at, self.name(), &[(0, self.start, self.channels)])
+    }
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
@@ -134,6 +188,7 @@ pub(super) fn case(s: &mut Sampler) -> Case {
     let names = ["a", "b", "c", "d"];
     inputs.iter().zip(names).fold(case, |case, (&shape, name)| {
         case.with(name, shape, s.values(shape.len(), -2.0, 2.0))
+            .narrow()
     })
 }
 

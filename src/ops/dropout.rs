@@ -3,9 +3,10 @@
 
 use rayon::prelude::*;
 
-use super::pointwise::PIECE;
+use super::pointwise::{PIECE, grid};
 use super::{Kernel, Op, control};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Launches, Stored, kernel};
 use crate::device::philox::Philox;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -76,6 +77,33 @@ impl Op for Dropout {
         let gradient = at.push(*self, &[dy, at.input(1)])?;
         at.set(0, gradient)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (y, len) = (at.output(0), at.output_shape(0).len());
+        let arguments = DropoutKernel {
+            x: at.input(0).into(),
+            control: at.input(1).into(),
+            y: y.into(),
+            len: len as u64,
+            seed: self.seed,
+            layer: self.layer,
+            threshold: threshold(self.rate),
+            scale: (1.0 / (1.0 - self.rate)) as f32,
+        };
+        at.launch(grid(len, y), &arguments)
+    }
+}
+
+kernel! {
+    struct DropoutKernel = "dropout" {
+        x: Stored,
+        control: Full,
+        y: Stored,
+        len: u64,
+        seed: u64,
+        layer: u32,
+        threshold: u32,
+        scale: f32,
+    }
 }
 
 /// The least random word of what is not dropped.
@@ -110,6 +138,7 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(op, v)?])
     })
     .with("x", shape, s.values(shape.len(), -2.0, 2.0))
+    .narrow()
     .with_constant("control", Shape::per_channel(control::LEN), settings)
 }
 

@@ -5,13 +5,17 @@
 //!
 //! Costs count a comparison, a division and an exponential as one operation each.
 
+use std::fmt::Debug;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
-use crate::device::gpu::launch::{Grid, Launches, Pointer, Stored, kernel};
+use crate::device::gpu::launch::{
+    Argument, Arguments, Full, Grid, Launches, Pointer, Stored, Word, kernel,
+};
 use crate::device::simd::{self, Lanes};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -24,18 +28,107 @@ pub(super) const PIECE: usize = 1 << 14;
 /// Elements that loops over rows of few channels handle at a time, as a whole number of rows.
 const WIDTH: usize = 64;
 
-/// Threads of a block in `kernels/pointwise.cu`, and bytes of each tensor that a thread moves.
-const THREADS: u32 = 256;
+/// Threads of a block of `kernels/pointwise.cu` and `reduce.cu`, and bytes of each tensor that a thread moves
+/// at a time.
+const THREADS: usize = 256;
 const BYTES: usize = 16;
 
-/// Blocks that give each of `len` elements stored as `pointer` is a thread.
-fn grid(len: usize, pointer: Pointer) -> Grid {
-    let width = if pointer.is_narrow() {
-        BYTES / 2
-    } else {
-        BYTES / 4
-    };
-    Grid::cover(len.div_ceil(width), THREADS)
+/// Such moves of a thread of `kernels/pointwise.cu`.
+const VECTORS: usize = 2;
+
+/// Elements that a thread moves at a time.
+fn width(narrow: bool) -> usize {
+    BYTES / if narrow { 2 } else { 4 }
+}
+
+/// Blocks for `moves` moves.
+pub(super) fn grid_of_moves(moves: usize) -> Grid {
+    Grid::new(moves.div_ceil(VECTORS * THREADS), THREADS as u32)
+}
+
+/// Blocks for `len` elements stored as those of `pointer`.
+pub(super) fn grid(len: usize, pointer: Pointer) -> Grid {
+    grid_of_moves(len.div_ceil(width(pointer.is_narrow())))
+}
+
+/// What has kernels of its own name, one for each type of storage.
+pub(super) trait Named {
+    const KERNEL: &'static str;
+}
+
+/// The arguments of `F`'s kernel.
+#[derive(Clone)]
+struct Call<F> {
+    words: Vec<Word>,
+    kernel: PhantomData<F>,
+}
+
+impl<F: Named> Call<F> {
+    fn new(words: impl Into<Vec<Word>>) -> Self {
+        Self {
+            words: words.into(),
+            kernel: PhantomData,
+        }
+    }
+}
+
+impl<F: Named> Arguments for Call<F> {
+    const KERNEL: &'static str = F::KERNEL;
+    fn words(&self) -> Vec<Word> {
+        self.words.clone()
+    }
+}
+
+/// Launches `y = f(x)` for input 0, `more` being what `F`'s kernel takes beside.
+fn launch_map<F: Named>(at: &mut Launches<'_>, more: &[Word]) -> Result<()> {
+    let (x, y, len) = (at.input(0), at.output(0), at.output_shape(0).len());
+    let words = [
+        Stored::from(x).word(),
+        Stored::from(y).word(),
+        (len as u64).word(),
+    ];
+    at.launch(grid(len, y), &Call::<F>::new([&words, more].concat()))
+}
+
+/// Launches `y = f(a, b)` for inputs 0 and 1 of one shape, `more` being what `F`'s kernel takes beside. The
+/// kernels are told at run time how `b` is stored: it may differ from `a` and `y`.
+pub(super) fn launch_zip<F: Named>(at: &mut Launches<'_>, more: &[Word]) -> Result<()> {
+    let (a, b, y, len) = (
+        at.input(0),
+        at.input(1),
+        at.output(0),
+        at.output_shape(0).len(),
+    );
+    let words = [
+        Stored::from(a).word(),
+        b.address().word(),
+        i32::from(b.is_narrow()).word(),
+        Stored::from(y).word(),
+        (len as u64).word(),
+    ];
+    at.launch(grid(len, y), &Call::<F>::new([&words, more].concat()))
+}
+
+/// A function of two elements with kernels for a broadcast second operand too.
+trait Broadcast: Named {
+    const ROWS: &'static str;
+}
+
+/// [`Broadcast::ROWS`] as a kernel's name.
+struct Rows<F>(F);
+
+impl<F: Broadcast> Named for Rows<F> {
+    const KERNEL: &'static str = F::ROWS;
+}
+
+/// As [`launch_zip`], where input 1 may be broadcast.
+fn launch_broadcast<F: Broadcast>(at: &mut Launches<'_>) -> Result<()> {
+    let (shape, other) = (at.output_shape(0), at.input_shape(1));
+    if shape == other {
+        return launch_zip::<F>(at, &[]);
+    }
+    let rows = (shape.rows() / other.n) as u64;
+    launch_zip::<Rows<F>>(at, &[extent(F::ROWS, shape.c)?.word(), rows.word()])
 }
 
 /// A function of one element, written once for the lanes of every instruction set.
@@ -210,6 +303,10 @@ pub struct Fill {
     pub value: f64,
 }
 
+kernel! {
+    struct FillKernel = "fill" { y: Stored, len: u64, value: f32 }
+}
+
 impl<T: Real> Kernel<T> for Fill {
     fn run(&self, io: &mut Io<'_, T>) {
         io.output(0).fill(T::of(self.value));
@@ -232,11 +329,28 @@ impl Op for Fill {
     fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
         Some((Arc::new(*self), inputs.to_vec()))
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (y, len) = (at.output(0), self.shape.len());
+        let arguments = FillKernel {
+            y: y.into(),
+            len: len as u64,
+            value: self.value as f32,
+        };
+        at.launch(grid(len, y), &arguments)
+    }
 }
 
 /// `y = a + b`; `b` may be broadcast, its gradient is then the sum over what shared it.
 #[derive(Clone, Copy, Debug)]
 pub struct Add;
+
+impl Named for Add {
+    const KERNEL: &'static str = "add";
+}
+
+impl Broadcast for Add {
+    const ROWS: &'static str = "add_rows";
+}
 
 impl<T: Real> Binary<T> for Add {
     #[inline(always)]
@@ -263,6 +377,9 @@ impl Op for Add {
     }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         add_backward(at)
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_broadcast::<Add>(at)
     }
 }
 
@@ -309,11 +426,22 @@ impl Op for BiasAdd {
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         add_backward(at)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_broadcast::<Add>(at)
+    }
 }
 
 /// `y = a · b`; `b` may be broadcast, its gradient is then the sum over what shared it.
 #[derive(Clone, Copy, Debug)]
 pub struct Mul;
+
+impl Named for Mul {
+    const KERNEL: &'static str = "mul";
+}
+
+impl Broadcast for Mul {
+    const ROWS: &'static str = "mul_rows";
+}
 
 impl<T: Real> Binary<T> for Mul {
     #[inline(always)]
@@ -358,6 +486,9 @@ impl Op for Mul {
         }
         Ok(())
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_broadcast::<Mul>(at)
+    }
 }
 
 /// The gradient of a broadcast operand: the sum of the input, or of the product of two inputs, over
@@ -374,6 +505,79 @@ impl SumTo {
     /// Pieces of work for one row of the result.
     fn pieces(&self, x: Shape) -> usize {
         (x.rows() / self.shape.n).div_ceil(rows_of_piece(x.c))
+    }
+}
+
+/// Threads and pieces of a sum on a GPU, where the rows of a group are walked in steps that are as many whole
+/// rows as a block has threads for, or one row in several strips.
+struct Walk {
+    /// Elements of a step.
+    stride: usize,
+    /// Blocks across a step.
+    strips: usize,
+    /// Blocks along a group.
+    pieces: usize,
+    /// Steps of a block.
+    steps: usize,
+}
+
+/// Fewest steps of a block, and how many blocks are enough for any GPU: beyond, their steps grow.
+const STEPS: usize = 8;
+const BLOCKS: usize = 1024;
+
+impl Walk {
+    /// Over `groups` groups of `rows` rows of `c` elements, by threads that take `width` at a time.
+    fn new(groups: usize, rows: usize, c: usize, width: usize) -> Self {
+        let whole = c / gcd(c, width);
+        let stride = match THREADS / whole {
+            0 => c,
+            times => times * whole * width,
+        };
+        let strips = stride.div_ceil(THREADS * width);
+        let total = (rows * c).div_ceil(stride);
+        let steps = (total * groups * strips).div_ceil(BLOCKS).max(STEPS);
+        Self {
+            stride,
+            strips,
+            pieces: total.div_ceil(steps),
+            steps,
+        }
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+impl SumTo {
+    fn walk(&self, x: Shape, narrow: bool) -> Walk {
+        Walk::new(self.shape.n, x.rows() / self.shape.n, x.c, width(narrow))
+    }
+}
+
+kernel! {
+    struct SumToKernel = "sum_to" {
+        a: Stored,
+        b: u64,
+        b_storage: i32,
+        sums: Full,
+        len: u64,
+        channels: u32,
+        stride: u32,
+        strips: u32,
+        pieces: u32,
+        steps: u32,
+    }
+}
+
+kernel! {
+    struct SumToFinish = "sum_to_finish" {
+        partials: Full,
+        sums: Full,
+        channels: u32,
+        stride: u32,
+        strips: u32,
+        pieces: u32,
     }
 }
 
@@ -416,6 +620,60 @@ impl Op for SumTo {
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         self.shape.len() * self.pieces(inputs[0])
     }
+    /// Never: it is the gradient of a parameter, or small.
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        let pieces = [false, true].map(|narrow| self.walk(inputs[0], narrow).pieces);
+        size_of::<f32>() * self.shape.len() * pieces.into_iter().max().unwrap_or(0)
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (a, x, sums) = (at.input(0), at.input_shape(0), at.output(0));
+        let walk = self.walk(x, a.is_narrow());
+        let (b, b_storage) = match at.inputs() {
+            1 => (Pointer::NULL, 0),
+            _ => (at.input(1), 1 + i32::from(at.input(1).is_narrow())),
+        };
+        let partials = if walk.pieces == 1 { sums } else { at.scratch() };
+        let channels = extent(self.name(), x.c)?;
+        let arguments = SumToKernel {
+            a: a.into(),
+            b: b.address(),
+            b_storage,
+            sums: partials.into(),
+            len: (x.len() / self.shape.n) as u64,
+            channels,
+            stride: extent(self.name(), walk.stride)?,
+            strips: extent(self.name(), walk.strips)?,
+            pieces: extent(self.name(), walk.pieces)?,
+            steps: extent(self.name(), walk.steps)?,
+        };
+        let blocks = self.shape.n * walk.pieces * walk.strips;
+        at.launch(Grid::new(blocks, THREADS as u32), &arguments)?;
+        if walk.pieces == 1 {
+            return Ok(());
+        }
+        let stride = x.c * (THREADS / x.c).max(1);
+        let strips = stride.div_ceil(THREADS);
+        let arguments = SumToFinish {
+            partials: partials.into(),
+            sums: sums.into(),
+            channels,
+            stride: extent(self.name(), stride)?,
+            strips: extent(self.name(), strips)?,
+            pieces: extent(self.name(), walk.pieces)?,
+        };
+        at.launch(Grid::new(self.shape.n * strips, THREADS as u32), &arguments)
+    }
+}
+
+/// `n` as kernels take extents.
+pub(super) fn extent(kernel: &str, n: usize) -> Result<u32> {
+    u32::try_from(n).map_err(|_| {
+        let problem = format!("an extent of {n} is more than its kernel can take");
+        Error::device(kernel, problem)
+    })
 }
 
 /// Column sums of the rows of `a`, or of `a · b`.
@@ -480,8 +738,8 @@ pub struct Scale {
     pub factor: f64,
 }
 
-kernel! {
-    struct ScaleKernel = "scale" { x: Stored, y: Stored, len: u64, factor: f32 }
+impl Named for Scale {
+    const KERNEL: &'static str = "scale";
 }
 
 impl<T: Real> Unary<T> for Scale {
@@ -515,14 +773,7 @@ impl Op for Scale {
         at.set(0, gradient)
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        let (y, len) = (at.output(0), at.output_shape(0).len());
-        let arguments = ScaleKernel {
-            x: at.input(0).into(),
-            y: y.into(),
-            len: len as u64,
-            factor: self.factor as f32,
-        };
-        at.launch(grid(len, y), &arguments)
+        launch_map::<Scale>(at, &[(self.factor as f32).word()])
     }
 }
 
@@ -530,8 +781,8 @@ impl Op for Scale {
 #[derive(Clone, Copy, Debug)]
 pub struct StopGradient;
 
-kernel! {
-    struct CopyKernel = "copy" { x: Stored, y: Stored, len: u64 }
+impl Named for StopGradient {
+    const KERNEL: &'static str = "copy";
 }
 
 impl<T: Real> Kernel<T> for StopGradient {
@@ -559,43 +810,53 @@ impl Op for StopGradient {
         Ok(())
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        let (x, y, len) = (at.input(0), at.output(0), at.output_shape(0).len());
-        if x == y {
+        if at.input(0) == at.output(0) {
             return Ok(());
         }
-        let arguments = CopyKernel {
-            x: x.into(),
-            y: y.into(),
-            len: len as u64,
-        };
-        at.launch(grid(len, y), &arguments)
+        launch_map::<StopGradient>(at, &[])
     }
 }
 
-/// `y = max(x, 0)`; the derivative at 0 is taken as 0.
-#[derive(Clone, Copy, Debug)]
-pub struct Relu;
+/// A nonlinearity of single elements, which is an operation of one input. Its gradient is [`Slope`].
+pub trait Nonlinearity: Copy + Debug + Send + Sync + 'static {
+    /// [`Op::name`], of the operation and of its gradient.
+    const NAMES: [&'static str; 2];
+    /// Floating-point operations for one element, likewise.
+    const FLOPS: [u64; 2];
+    /// Whether the gradient is taken from the operation's output instead of its input.
+    const FROM_OUTPUT: bool;
+    /// The value.
+    fn value<L: Lanes>(x: L) -> L;
+    /// `dy` times the derivative, from `x` or from the value there.
+    fn gradient<L: Lanes>(dy: L, from: L) -> L;
+}
 
-impl<T: Real> Unary<T> for Relu {
+impl<F: Nonlinearity> Named for F {
+    const KERNEL: &'static str = F::NAMES[0];
+}
+
+impl<T: Real, F: Nonlinearity> Unary<T> for F {
     #[inline(always)]
     fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
-        // Not `max`: a NaN must pass on to where it is noticed.
-        L::select(x.lt(L::zero()), L::zero(), x)
+        F::value(x)
     }
 }
 
-impl<T: Real> Kernel<T> for Relu {
+impl<T: Real, F: Nonlinearity> Kernel<T> for F {
     fn run(&self, io: &mut Io<'_, T>) {
         map(io, *self);
     }
 }
 
-impl Op for Relu {
+impl<F: Nonlinearity> Op for F {
     fn name(&self) -> &'static str {
-        "relu"
+        F::NAMES[0]
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
         same(self.name(), inputs)
+    }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        F::FLOPS[0] * inputs[0].len() as u64
     }
     fn in_place(&self) -> Option<usize> {
         Some(0)
@@ -607,37 +868,74 @@ impl Op for Relu {
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
-        let gradient = at.push(ReluGradient, &[dy, at.output(0)])?;
+        let from = if F::FROM_OUTPUT {
+            at.output(0)
+        } else {
+            at.input(0)
+        };
+        let gradient = at.push(Slope(*self), &[dy, from])?;
         at.set(0, gradient)
     }
-}
-
-/// `dx = dy` where `y > 0`, else 0; inputs `dy`, `y`.
-#[derive(Clone, Copy, Debug)]
-pub struct ReluGradient;
-
-impl<T: Real> Binary<T> for ReluGradient {
-    #[inline(always)]
-    fn at<L: Lanes<Elem = T>>(self, dy: L, y: L) -> L {
-        L::select(L::zero().lt(y), dy, L::zero())
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_map::<F>(at, &[])
     }
 }
 
-impl<T: Real> Kernel<T> for ReluGradient {
+/// The gradient of a [`Nonlinearity`]; inputs `dy`, and `x` or the value there.
+#[derive(Clone, Copy, Debug)]
+pub struct Slope<F>(pub F);
+
+impl<F: Nonlinearity> Named for Slope<F> {
+    const KERNEL: &'static str = F::NAMES[1];
+}
+
+impl<T: Real, F: Nonlinearity> Binary<T> for Slope<F> {
+    #[inline(always)]
+    fn at<L: Lanes<Elem = T>>(self, dy: L, from: L) -> L {
+        F::gradient(dy, from)
+    }
+}
+
+impl<T: Real, F: Nonlinearity> Kernel<T> for Slope<F> {
     fn run(&self, io: &mut Io<'_, T>) {
         zip(io, *self);
     }
 }
 
-impl Op for ReluGradient {
+impl<F: Nonlinearity> Op for Slope<F> {
     fn name(&self) -> &'static str {
-        "relu_gradient"
+        F::NAMES[1]
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
         same(self.name(), inputs)
     }
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        F::FLOPS[1] * inputs[0].len() as u64
+    }
     fn in_place(&self) -> Option<usize> {
         Some(0)
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_zip::<Self>(at, &[])
+    }
+}
+
+/// `y = max(x, 0)`; the derivative at 0 is taken as 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Relu;
+
+impl Nonlinearity for Relu {
+    const NAMES: [&'static str; 2] = ["relu", "relu_gradient"];
+    const FLOPS: [u64; 2] = [1, 1];
+    const FROM_OUTPUT: bool = true;
+    #[inline(always)]
+    fn value<L: Lanes>(x: L) -> L {
+        // Not `max`: a NaN must pass on to where it is noticed.
+        L::select(x.lt(L::zero()), L::zero(), x)
+    }
+    #[inline(always)]
+    fn gradient<L: Lanes>(dy: L, y: L) -> L {
+        L::select(L::zero().lt(y), dy, L::zero())
     }
 }
 
@@ -662,149 +960,38 @@ pub(super) fn sigmoid<L: Lanes>(x: L) -> (L, L) {
 #[derive(Clone, Copy, Debug)]
 pub struct Sigmoid;
 
-impl<T: Real> Unary<T> for Sigmoid {
+impl Nonlinearity for Sigmoid {
+    const NAMES: [&'static str; 2] = ["sigmoid", "sigmoid_gradient"];
+    const FLOPS: [u64; 2] = [5, 7];
+    const FROM_OUTPUT: bool = false;
     #[inline(always)]
-    fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
+    fn value<L: Lanes>(x: L) -> L {
         sigmoid(x).0
     }
-}
-
-impl<T: Real> Kernel<T> for Sigmoid {
-    fn run(&self, io: &mut Io<'_, T>) {
-        map(io, *self);
-    }
-}
-
-impl Op for Sigmoid {
-    fn name(&self) -> &'static str {
-        "sigmoid"
-    }
-    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        same(self.name(), inputs)
-    }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        5 * inputs[0].len() as u64
-    }
-    fn in_place(&self) -> Option<usize> {
-        Some(0)
-    }
-    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
-        Some((Arc::new(*self), inputs.to_vec()))
-    }
-    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = at.gradient(0) else {
-            return Ok(());
-        };
-        let gradient = at.push(SigmoidGradient, &[dy, at.input(0)])?;
-        at.set(0, gradient)
-    }
-}
-
-/// `dx = dy · σ(x)·σ(−x)`; inputs `dy`, `x`.
-#[derive(Clone, Copy, Debug)]
-pub struct SigmoidGradient;
-
-impl<T: Real> Binary<T> for SigmoidGradient {
     #[inline(always)]
-    fn at<L: Lanes<Elem = T>>(self, dy: L, x: L) -> L {
+    fn gradient<L: Lanes>(dy: L, x: L) -> L {
         let (s, t) = sigmoid(x);
         dy * (s * t)
     }
 }
 
-impl<T: Real> Kernel<T> for SigmoidGradient {
-    fn run(&self, io: &mut Io<'_, T>) {
-        zip(io, *self);
-    }
-}
-
-impl Op for SigmoidGradient {
-    fn name(&self) -> &'static str {
-        "sigmoid_gradient"
-    }
-    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        same(self.name(), inputs)
-    }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        7 * inputs[0].len() as u64
-    }
-    fn in_place(&self) -> Option<usize> {
-        Some(0)
-    }
-}
-
-/// `y = x·σ(x)` (Elfwing, Uchibe, Doya 2018), also called swish.
+/// `y = x·σ(x)` (Elfwing, Uchibe, Doya 2018), also called swish; its derivative is
+/// `σ(x)·(1 + x·σ(−x))`.
 #[derive(Clone, Copy, Debug)]
 pub struct Silu;
 
-impl<T: Real> Unary<T> for Silu {
+impl Nonlinearity for Silu {
+    const NAMES: [&'static str; 2] = ["silu", "silu_gradient"];
+    const FLOPS: [u64; 2] = [6, 9];
+    const FROM_OUTPUT: bool = false;
     #[inline(always)]
-    fn at<L: Lanes<Elem = T>>(self, x: L) -> L {
+    fn value<L: Lanes>(x: L) -> L {
         x * sigmoid(x).0
     }
-}
-
-impl<T: Real> Kernel<T> for Silu {
-    fn run(&self, io: &mut Io<'_, T>) {
-        map(io, *self);
-    }
-}
-
-impl Op for Silu {
-    fn name(&self) -> &'static str {
-        "silu"
-    }
-    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        same(self.name(), inputs)
-    }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        6 * inputs[0].len() as u64
-    }
-    fn in_place(&self) -> Option<usize> {
-        Some(0)
-    }
-    fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
-        Some((Arc::new(*self), inputs.to_vec()))
-    }
-    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
-        let Some(dy) = at.gradient(0) else {
-            return Ok(());
-        };
-        let gradient = at.push(SiluGradient, &[dy, at.input(0)])?;
-        at.set(0, gradient)
-    }
-}
-
-/// `dx = dy · σ(x)·(1 + x·σ(−x))`; inputs `dy`, `x`.
-#[derive(Clone, Copy, Debug)]
-pub struct SiluGradient;
-
-impl<T: Real> Binary<T> for SiluGradient {
     #[inline(always)]
-    fn at<L: Lanes<Elem = T>>(self, dy: L, x: L) -> L {
+    fn gradient<L: Lanes>(dy: L, x: L) -> L {
         let (s, t) = sigmoid(x);
-        dy * (s * x.mul_add(t, L::splat(T::one())))
-    }
-}
-
-impl<T: Real> Kernel<T> for SiluGradient {
-    fn run(&self, io: &mut Io<'_, T>) {
-        zip(io, *self);
-    }
-}
-
-impl Op for SiluGradient {
-    fn name(&self) -> &'static str {
-        "silu_gradient"
-    }
-    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        same(self.name(), inputs)
-    }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        9 * inputs[0].len() as u64
-    }
-    fn in_place(&self) -> Option<usize> {
-        Some(0)
+        dy * (s * x.mul_add(t, L::splat(L::Elem::of(1.0))))
     }
 }
 
@@ -819,11 +1006,17 @@ pub(super) fn mul_case(s: &mut Sampler) -> Case {
 fn broadcast_case(s: &mut Sampler, op: impl Op + Copy + 'static) -> Case {
     let a = s.shape();
     let b = [a, Shape::per_channel(a.c), Shape::per_image(a.n, a.c)][s.size(0, 2)];
-    Case::new(format!("{a} with {b}"), move |t, v| {
+    let mut case = Case::new(format!("{a} with {b}"), move |t, v| {
         Ok(vec![t.push(op, v)?])
-    })
-    .with("a", a, s.values(a.len(), -2.0, 2.0))
-    .with("b", b, s.values(b.len(), -2.0, 2.0))
+    });
+    // Either may be an activation.
+    for (name, shape) in [("a", a), ("b", b)] {
+        case = case.with(name, shape, s.values(shape.len(), -2.0, 2.0));
+        if s.chance(0.7) {
+            case = case.narrow();
+        }
+    }
+    case
 }
 
 pub(super) fn bias_add_case(s: &mut Sampler) -> Case {
@@ -831,6 +1024,7 @@ pub(super) fn bias_add_case(s: &mut Sampler) -> Case {
     let bias = Shape::per_channel(shape.c);
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(BiasAdd, v)?]))
         .with("x", shape, s.values(shape.len(), -2.0, 2.0))
+        .narrow()
         .with("b", bias, s.values(bias.len(), -2.0, 2.0))
 }
 
@@ -933,7 +1127,7 @@ mod tests {
             approx::assert_relative_eq!(y, exact, max_relative = 4e-15);
         }
         let slope = apply(
-            SigmoidGradient,
+            Slope(Sigmoid),
             &[(Shape::SCALAR, &[1.0f32]), (Shape::SCALAR, &[40.0])],
         );
         approx::assert_relative_eq!(slope[0], (-40.0f32).exp(), max_relative = 1e-6);
