@@ -6,6 +6,7 @@
 use rayon::prelude::*;
 
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, kernel};
 use crate::error::{Error, Result};
 use crate::ops::pointwise::Scale;
 use crate::ops::{Kernel, Op, control};
@@ -50,6 +51,32 @@ fn sum_of_squares<T: Real>(x: &[T]) -> f64 {
     lanes.iter().sum::<f64>() + rest.iter().map(|x| x.wide() * x.wide()).sum::<f64>()
 }
 
+/// Elements of an entry in the tables of `kernels/optim.cu`, and threads of its blocks.
+const NORM_CHUNK: usize = 8192;
+const CHUNK: usize = 4096;
+const THREADS: u32 = 256;
+
+/// The pieces of at most `chunk` elements, as first element and number, of `len`.
+fn chunks(len: usize, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..len.div_ceil(chunk)).map(move |i| (i * chunk, chunk.min(len - i * chunk)))
+}
+
+/// The address of element `first` of an f32 tensor.
+fn address(op: &'static str, tensor: Pointer, first: usize) -> Result<u64> {
+    if tensor.is_narrow() {
+        return Err(Error::device(op, "expected f32, found bf16"));
+    }
+    Ok(tensor.address() + (first * size_of::<f32>()) as u64)
+}
+
+kernel! {
+    struct GlobalNormKernel = "global_norm" { pieces: Full, partials: Full }
+}
+
+kernel! {
+    struct GlobalNormFinish = "global_norm_finish" { partials: Full, norm: Full, count: i32 }
+}
+
 impl Op for GlobalNorm {
     fn name(&self) -> &'static str {
         "global_norm"
@@ -67,6 +94,34 @@ impl Op for GlobalNorm {
             .map(|s| s.len().div_ceil(PIECE))
             .sum::<usize>()
     }
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        let pieces = inputs.iter().map(|s| s.len().div_ceil(NORM_CHUNK));
+        size_of::<f64>() * pieces.sum::<usize>()
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let mut table = Vec::new();
+        for i in 0..at.inputs() {
+            for (first, len) in chunks(at.input_shape(i).len(), NORM_CHUNK) {
+                table.extend([address(self.name(), at.input(i), first)?, len as u64]);
+            }
+        }
+        let count = table.len() / 2;
+        let partials = at.scratch().into();
+        let pieces = at.constant(&table)?.into();
+        at.launch(
+            Grid::new(count, THREADS),
+            &GlobalNormKernel { pieces, partials },
+        )?;
+        let finish = GlobalNormFinish {
+            partials,
+            norm: at.output(0).into(),
+            count: count as i32,
+        };
+        at.launch(Grid::new(1, THREADS), &finish)
+    }
 }
 
 /// What the optimizer does to one parameter beside following its gradient.
@@ -78,17 +133,18 @@ pub struct Rule {
     pub nonnegative: bool,
 }
 
-/// Adam with decoupled weight decay (Loshchilov, Hutter 2019), in PyTorch's order of operations:
+/// Adam with decoupled weight decay (Loshchilov, Hutter 2019), in PyTorch's order of operations, and
+/// exponential moving averages `a` of the parameters θ and of other values:
 ///
 /// ```text
 /// g ← g · min(1, clip / ‖g‖)            ‖g‖ over all parameters
 /// θ ← θ − η·λ·θ
 /// m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²
 /// θ ← θ − η/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε)
+/// a ← a + (1 − d)(θ − a)
 /// ```
 ///
-/// `t` and `η` come from the control vector. Inputs: norm (a scalar), control, one gradient per
-/// parameter. Updates: all parameters, all `m`, all `v`.
+/// `t`, `η` and `d` come from the control vector.
 #[derive(Clone, PartialEq, Debug)]
 pub struct AdamW {
     /// Decay of the first moment, β₁.
@@ -107,8 +163,12 @@ pub struct AdamW {
 
 impl AdamW {
     /// Appends the update of `parameters`: the norm of `gradients`, which is returned, and the step,
-    /// which is left out where the norm or the scalar `loss` is not finite, and whose moments become states named `adam.first.NAME` and `adam.second.NAME`. `rules` of `self`
-    /// pair with `parameters`. `control` is the input described by [`control`].
+    /// which is left out where the norm or the scalar `loss` is not finite. The moments become states named
+    /// `adam.first.NAME` and `adam.second.NAME`. `rules` of `self` pair with `parameters`. `control` is the
+    /// input described by [`control`].
+    ///
+    /// With `statistics`, parameters and statistics (which change along with the weights they belong to, but
+    /// have no gradient) are averaged into states named `ema.NAME`.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one rule, and one gradient of the right shape, for each
@@ -120,18 +180,25 @@ impl AdamW {
         loss: Var,
         parameters: &[Var],
         gradients: &[Var],
+        statistics: Option<&[Var]>,
     ) -> Result<Var> {
         // 0·loss adds nothing to the norm, or makes it NaN if the loss is not finite.
         let guard = tape.push(Scale { factor: 0.0 }, &[loss])?;
         let norm = tape.push(GlobalNorm, &[gradients, &[guard]].concat())?;
-        let inputs = [&[norm, control], gradients].concat();
+        let inputs = [&[norm, control], gradients, statistics.unwrap_or_default()].concat();
         let mut targets = parameters.to_vec();
         for moment in ["adam.first", "adam.second"] {
-            for &parameter in parameters {
-                targets.push(companion(tape, moment, parameter));
-            }
+            targets.extend(parameters.iter().map(|&p| companion(tape, moment, p)));
         }
-        tape.update(self, &inputs, &targets)?;
+        if let Some(statistics) = statistics {
+            let averaged = parameters.iter().chain(statistics);
+            targets.extend(averaged.map(|&v| companion(tape, "ema", v)));
+        }
+        let update = Update {
+            adamw: self,
+            average: statistics.is_some(),
+        };
+        tape.update(update, &inputs, &targets)?;
         Ok(norm)
     }
 }
@@ -142,141 +209,196 @@ fn companion(tape: &mut Tape, prefix: &str, var: Var) -> Var {
     tape.scope(prefix, |tape| tape.state(&name, shape))
 }
 
-impl<T: Real> Kernel<T> for AdamW {
+/// The step of [`AdamW`], in one pass over memory. Inputs: norm (a scalar), control, one gradient per
+/// parameter, statistics. Updates: all parameters, all `m`, all `v` and, if there are averages, those of all
+/// parameters and statistics.
+#[derive(Clone, Debug)]
+struct Update {
+    adamw: AdamW,
+    average: bool,
+}
+
+/// What is the same for all elements of a parameter.
+#[derive(Clone, Copy)]
+struct Settings<T> {
+    clip: T,
+    beta1: T,
+    beta2: T,
+    fresh1: T,
+    fresh2: T,
+    eps: T,
+    size: T,
+    correction: T,
+    keep: T,
+    lowest: T,
+}
+
+impl<T: Real> Settings<T> {
+    /// The new value of a parameter, whose moments are updated.
+    #[inline(always)]
+    fn step(self, g: T, p: T, m: &mut T, v: &mut T) -> T {
+        let g = g * self.clip;
+        *m = self.beta1 * *m + self.fresh1 * g;
+        *v = self.beta2 * *v + self.fresh2 * g * g;
+        let denominator = v.sqrt() / self.correction + self.eps;
+        (p * self.keep - self.size * *m / denominator).max(self.lowest)
+    }
+}
+
+impl<T: Real> Kernel<T> for Update {
     fn run(&self, io: &mut Io<'_, T>) {
         let (norm, control) = (io.input(0)[0].wide(), io.input(1));
         if !norm.is_finite() {
             return;
         }
+        let adamw = &self.adamw;
         let step = control[control::STEP].wide();
         let rate = control[control::LEARNING_RATE].wide();
-        let clip = if norm > self.clip {
-            T::of(self.clip / norm)
+        let fresh = T::one() - control[control::EMA_DECAY];
+        let clip = if norm > adamw.clip {
+            T::of(adamw.clip / norm)
         } else {
             T::one()
         };
-        let (beta1, beta2, eps) = (T::of(self.beta1), T::of(self.beta2), T::of(self.eps));
-        let (fresh1, fresh2) = (T::of(1.0 - self.beta1), T::of(1.0 - self.beta2));
-        let size = T::of(rate / (1.0 - self.beta1.powf(step)));
-        let correction = T::of((1.0 - self.beta2.powf(step)).sqrt());
-        let count = self.rules.len();
-        for (index, rule) in self.rules.iter().enumerate() {
-            let keep = T::of(if rule.decay {
-                1.0 - rate * self.weight_decay
-            } else {
-                1.0
-            });
-            let lowest = if rule.nonnegative {
-                T::zero()
-            } else {
-                T::neg_infinity()
+        let count = adamw.rules.len();
+        for (index, rule) in adamw.rules.iter().enumerate() {
+            let settings = Settings {
+                clip,
+                beta1: T::of(adamw.beta1),
+                beta2: T::of(adamw.beta2),
+                fresh1: T::of(1.0 - adamw.beta1),
+                fresh2: T::of(1.0 - adamw.beta2),
+                eps: T::of(adamw.eps),
+                size: T::of(rate / (1.0 - adamw.beta1.powf(step))),
+                correction: T::of((1.0 - adamw.beta2.powf(step)).sqrt()),
+                keep: T::of(if rule.decay {
+                    1.0 - rate * adamw.weight_decay
+                } else {
+                    1.0
+                }),
+                lowest: if rule.nonnegative {
+                    T::zero()
+                } else {
+                    T::neg_infinity()
+                },
             };
-            let gradient = io.input(2 + index);
-            let parameter = io.output(index);
-            let first = io.output(count + index);
-            let second = io.output(2 * count + index);
-            parameter
-                .par_chunks_mut(PIECE)
-                .zip(first.par_chunks_mut(PIECE))
-                .zip(second.par_chunks_mut(PIECE))
-                .zip(gradient.par_chunks(PIECE))
-                .for_each(|(((parameter, first), second), gradient)| {
-                    for (((p, m), v), &g) in
-                        parameter.iter_mut().zip(first).zip(second).zip(gradient)
-                    {
-                        let g = g * clip;
-                        *m = beta1 * *m + fresh1 * g;
-                        *v = beta2 * *v + fresh2 * g * g;
-                        let denominator = v.sqrt() / correction + eps;
-                        *p = (*p * keep - size * *m / denominator).max(lowest);
+            let gradient = io.input(2 + index).par_chunks(PIECE);
+            let parameter = io.output(index).par_chunks_mut(PIECE);
+            let first = io.output(count + index).par_chunks_mut(PIECE);
+            let second = io.output(2 * count + index).par_chunks_mut(PIECE);
+            let steps = parameter.zip(first).zip(second).zip(gradient);
+            if self.average {
+                let average = io.output(3 * count + index).par_chunks_mut(PIECE);
+                steps.zip(average).for_each(
+                    |((((parameter, first), second), gradient), average)| {
+                        let moments = first.iter_mut().zip(second);
+                        let elements = parameter.iter_mut().zip(moments).zip(gradient);
+                        for (((p, (m, v)), &g), a) in elements.zip(average) {
+                            *p = settings.step(g, *p, m, v);
+                            *a += fresh * (*p - *a);
+                        }
+                    },
+                );
+            } else {
+                steps.for_each(|(((parameter, first), second), gradient)| {
+                    let moments = first.iter_mut().zip(second);
+                    for ((p, (m, v)), &g) in parameter.iter_mut().zip(moments).zip(gradient) {
+                        *p = settings.step(g, *p, m, v);
                     }
                 });
+            }
+        }
+        for index in count..io.inputs() - 2 {
+            let statistic = io.input(2 + index);
+            for (a, &x) in io.output(3 * count + index).iter_mut().zip(statistic) {
+                *a += fresh * (x - *a);
+            }
         }
     }
 }
 
-impl Op for AdamW {
+kernel! {
+    struct AdamWKernel = "adamw" {
+        chunks: Full,
+        norm: Full,
+        control: Full,
+        step: i32,
+        rate: i32,
+        decay: i32,
+        log_beta1: f64,
+        log_beta2: f64,
+        beta1: f32,
+        beta2: f32,
+        fresh1: f32,
+        fresh2: f32,
+        eps: f32,
+        clip: f64,
+        weight_decay: f64,
+    }
+}
+
+impl Op for Update {
     fn name(&self) -> &'static str {
         "adamw"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        check_control(self.name(), inputs)?;
-        let gradients = &inputs[2..];
-        if gradients.len() != self.rules.len() {
-            return Err(Error::shape(
-                self.name(),
-                format!(
-                    "expected {} gradients, found {}",
-                    self.rules.len(),
-                    gradients.len()
-                ),
-            ));
+        let control = Shape::per_channel(control::LEN);
+        let count = self.adamw.rules.len();
+        if inputs[1] != control || inputs.len() < 2 + count {
+            let (found, inputs) = (inputs.len() - 2, inputs[1]);
+            let problem = format!(
+                "expected a control vector of {control} and {count} gradients, found {inputs} and {found}"
+            );
+            return Err(Error::shape(self.name(), problem));
         }
-        Ok(gradients.repeat(3))
+        let (gradients, averaged) = (&inputs[2..2 + count], &inputs[2..]);
+        let averaged = if self.average { averaged } else { &[] };
+        Ok([gradients, gradients, gradients, averaged].concat())
     }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        inputs[2..].iter().map(|s| 14 * s.len() as u64).sum()
+    fn flops(&self, inputs: &[Shape], outputs: &[Shape]) -> u64 {
+        let count = self.adamw.rules.len();
+        let elements = |shapes: &[Shape]| shapes.iter().map(|s| s.len() as u64).sum::<u64>();
+        14 * elements(&inputs[2..2 + count]) + 3 * elements(&outputs[3 * count..])
     }
-}
-
-/// Exponential moving averages: `a ← a + (1 − d)(x − a)`, `d` from the control vector. Inputs: norm,
-/// control, then any number of `x`. Updates one `a` for each.
-///
-/// Running statistics are averaged along with the weights they belong to.
-#[derive(Clone, Copy, Debug)]
-pub struct Ema;
-
-impl Ema {
-    /// Appends the averaging of `values`; the averages become states named `ema.NAME`. `norm` is what
-    /// [`AdamW::record`] returned.
-    ///
-    /// # Errors
-    /// Never for values of the tape.
-    pub fn record(tape: &mut Tape, control: Var, norm: Var, values: &[Var]) -> Result<()> {
-        let inputs = [&[norm, control], values].concat();
-        let targets: Vec<Var> = values.iter().map(|&v| companion(tape, "ema", v)).collect();
-        tape.update(Ema, &inputs, &targets)
-    }
-}
-
-impl<T: Real> Kernel<T> for Ema {
-    fn run(&self, io: &mut Io<'_, T>) {
-        if !io.input(0)[0].is_finite() {
-            return;
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (adamw, count) = (&self.adamw, self.adamw.rules.len());
+        let mut table = Vec::new();
+        for index in 0..at.inputs() - 2 {
+            let tensor = at.input(2 + index);
+            let average = self.average.then(|| at.output(3 * count + index));
+            for (first, len) in chunks(at.input_shape(2 + index).len(), CHUNK) {
+                let address = |tensor| address(self.name(), tensor, first);
+                let tensor = address(tensor)?;
+                let tensors = if index < count {
+                    let outputs = [0, 1, 2].map(|i| address(at.output(i * count + index)));
+                    let [parameter, first, second] = outputs;
+                    [tensor, parameter?, first?, second?]
+                } else {
+                    [0, tensor, 0, 0]
+                };
+                let rule = adamw.rules.get(index).copied().unwrap_or_default();
+                let flags = u64::from(rule.decay) | u64::from(rule.nonnegative) << 1;
+                table.extend(tensors);
+                table.extend([average.map_or(Ok(0), address)?, len as u64 | flags << 32]);
+            }
         }
-        let fresh = T::one() - io.input(1)[control::EMA_DECAY];
-        for index in 0..io.outputs() {
-            io.output(index)
-                .par_chunks_mut(PIECE)
-                .zip(io.input(2 + index).par_chunks(PIECE))
-                .for_each(|(average, x)| {
-                    for (a, &x) in average.iter_mut().zip(x) {
-                        *a += fresh * (x - *a);
-                    }
-                });
-        }
-    }
-}
-
-impl Op for Ema {
-    fn name(&self) -> &'static str {
-        "ema"
-    }
-    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        check_control(self.name(), inputs)?;
-        Ok(inputs[2..].to_vec())
-    }
-    fn flops(&self, _: &[Shape], outputs: &[Shape]) -> u64 {
-        outputs.iter().map(|s| 3 * s.len() as u64).sum()
-    }
-}
-
-fn check_control(op: &'static str, inputs: &[Shape]) -> Result<()> {
-    let expected = [Shape::SCALAR, Shape::per_channel(control::LEN)];
-    if inputs.len() > 2 && inputs[..2] == expected {
-        Ok(())
-    } else {
-        let problem = format!("expected norm, control and at least one value, found {inputs:?}");
-        Err(Error::shape(op, problem))
+        let arguments = AdamWKernel {
+            chunks: at.constant(&table)?.into(),
+            norm: at.input(0).into(),
+            control: at.input(1).into(),
+            step: control::STEP as i32,
+            rate: control::LEARNING_RATE as i32,
+            decay: control::EMA_DECAY as i32,
+            log_beta1: adamw.beta1.ln(),
+            log_beta2: adamw.beta2.ln(),
+            beta1: adamw.beta1 as f32,
+            beta2: adamw.beta2 as f32,
+            fresh1: (1.0 - adamw.beta1) as f32,
+            fresh2: (1.0 - adamw.beta2) as f32,
+            eps: adamw.eps as f32,
+            clip: adamw.clip,
+            weight_decay: adamw.weight_decay,
+        };
+        at.launch(Grid::new(table.len() / 6, THREADS), &arguments)
     }
 }

@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use echograd::device::cpu::{Element, Session};
+use echograd::device::philox::Philox;
 use echograd::features::Prior;
 use echograd::ops::control;
-use echograd::optim::{AdamW, Ema, Rule};
+use echograd::optim::{AdamW, Rule};
 use echograd::tape::{Kind, Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use echograd::train::checkpoint::{self, Checkpoint, Position};
@@ -117,7 +118,7 @@ fn adamw_clipping_and_decay_agree_with_pytorch() {
         rules: vec![rule(true), rule(false)],
     };
     let norm = adamw
-        .record(&mut tape, control, loss, &parameters, &gradients)
+        .record(&mut tape, control, loss, &parameters, &gradients, None)
         .unwrap();
     tape.keep(norm);
     let mut session = Session::<f32>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
@@ -149,6 +150,103 @@ fn adamw_clipping_and_decay_agree_with_pytorch() {
     );
 }
 
+/// To the bit: the arithmetic, its order, and that averages follow the updated parameter.
+#[test]
+fn one_pass_gives_the_bits_of_an_update_and_an_average_after_it() {
+    let len = 40_001;
+    let mut tape = Tape::new();
+    let control = tape.input("control", Shape::per_channel(control::LEN));
+    let loss = tape.input("loss", Shape::SCALAR);
+    let names = ["p", "q"];
+    let parameters = names.map(|n| tape.parameter(n, Shape::per_channel(len)));
+    let gradients = ["g", "h"].map(|n| tape.input(n, Shape::per_channel(len)));
+    let statistic = tape.state("s", Shape::per_channel(3));
+    let rules =
+        [(true, false), (false, true)].map(|(decay, nonnegative)| Rule { decay, nonnegative });
+    let adamw = AdamW {
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.05,
+        clip: 1.0,
+        rules: rules.to_vec(),
+    };
+    adamw
+        .record(
+            &mut tape,
+            control,
+            loss,
+            &parameters,
+            &gradients,
+            Some(&[statistic]),
+        )
+        .unwrap();
+    let mut session = Session::<f32>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
+    let noise = |seed: u64| -> Vec<f32> {
+        let noise = Philox::new(seed, 0);
+        let blocks = (0..len as u64).map(|i| noise.normal4(i)[0]);
+        blocks.collect()
+    };
+    let state = |name: &str| tape.find(Kind::State, name).unwrap();
+    let zeros = vec![0.0f32; len];
+    let mut expected: Vec<[Vec<f32>; 4]> = (0..2)
+        .map(|i| [noise(i), zeros.clone(), zeros.clone(), zeros.clone()])
+        .collect();
+    for (parameter, values) in parameters.iter().zip(&expected) {
+        session.write(*parameter, &values[0]);
+    }
+    session.write(statistic, &[1.0, -2.0, 3.0]);
+    let mut followed = [0.0f32; 3];
+    let (rate, fresh) = (0.01f32, 1.0 - 0.99f32);
+    for step in 1..=3 {
+        let drawn = [noise(10 + step), noise(20 + step)];
+        for (var, values) in gradients.iter().zip(&drawn) {
+            session.write(*var, values);
+        }
+        session.write(control, &[step as f32, rate, 0.0, 0.99]);
+        session.run();
+
+        let squares = drawn.iter().flatten().map(|&g| f64::from(g) * f64::from(g));
+        let clip = (1.0 / f64::from(squares.sum::<f64>().sqrt() as f32)) as f32;
+        let (rate, t) = (f64::from(rate), step as f64);
+        let size = (rate / (1.0 - 0.9f64.powf(t))) as f32;
+        let correction = (1.0 - 0.999f64.powf(t)).sqrt() as f32;
+        for ((values, rule), drawn) in expected.iter_mut().zip(rules).zip(&drawn) {
+            let keep = if rule.decay {
+                (1.0 - rate * 0.05) as f32
+            } else {
+                1.0
+            };
+            let [p, m, v, a] = values;
+            for i in 0..len {
+                let g = drawn[i] * clip;
+                m[i] = 0.9f32 * m[i] + (1.0f64 - 0.9) as f32 * g;
+                v[i] = 0.999f32 * v[i] + (1.0f64 - 0.999) as f32 * g * g;
+                p[i] = p[i] * keep - size * m[i] / (v[i].sqrt() / correction + 1e-8);
+                if rule.nonnegative {
+                    p[i] = p[i].max(0.0);
+                }
+                a[i] += fresh * (p[i] - a[i]);
+            }
+        }
+        for (a, s) in followed.iter_mut().zip([1.0, -2.0, 3.0]) {
+            *a += fresh * (s - *a);
+        }
+        for (name, (values, parameter)) in names.iter().zip(expected.iter().zip(parameters)) {
+            let moments = ["adam.first", "adam.second", "ema"];
+            let vars = moments.map(|prefix| state(&format!("{prefix}.{name}")));
+            for (var, values) in [&[parameter], &vars[..]].concat().into_iter().zip(values) {
+                assert!(
+                    session.read(var) == values,
+                    "{}, step {step}",
+                    tape.name(var)
+                );
+            }
+        }
+        assert_eq!(session.read(state("ema.s")), followed);
+    }
+}
+
 #[test]
 fn a_gradient_that_is_not_finite_changes_nothing() {
     let mut tape = Tape::new();
@@ -168,10 +266,16 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
             nonnegative: true,
         }],
     };
-    let norm = adamw
-        .record(&mut tape, control, loss, &[parameter], &[gradient])
+    adamw
+        .record(
+            &mut tape,
+            control,
+            loss,
+            &[parameter],
+            &[gradient],
+            Some(&[]),
+        )
         .unwrap();
-    Ema::record(&mut tape, control, norm, &[parameter]).unwrap();
     let mut session = Session::<f64>::new(Plan::new(&tape, Options::default()).unwrap()).unwrap();
     session.write(control, &[1.0, 0.1, 0.0, 0.5]);
     session.write(parameter, &[1.0, 2.0, 0.05]);

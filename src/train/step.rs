@@ -7,7 +7,7 @@ use crate::features;
 use crate::loss::{Loss, Prior, Targets, Terms, Tie};
 use crate::nn::{self, Heads, Logits, Mode, Network, Start, UNet};
 use crate::ops::control;
-use crate::optim::{AdamW, Ema, Rule};
+use crate::optim::{AdamW, Rule};
 use crate::tape::{Kind, Options, Plan, Tape, Var};
 use crate::tensor::Shape;
 
@@ -108,15 +108,21 @@ impl TrainingStep {
             },
             rules: parameters.iter().map(rule).collect(),
         };
-        let norm = adamw.record(&mut tape, control, terms.total, &parameters, &gradients)?;
+        let running = starts.iter().map(|&(var, _)| var);
+        let mut statistics: Vec<Var> = running
+            .filter(|v| tape.values()[v.index()].kind == Kind::State)
+            .collect();
+        statistics.sort_unstable();
+        statistics.dedup();
+        let norm = adamw.record(
+            &mut tape,
+            control,
+            terms.total,
+            &parameters,
+            &gradients,
+            (optimizer.ema > 0.0).then_some(&statistics[..]),
+        )?;
         tape.keep(norm);
-        if optimizer.ema > 0.0 {
-            let running = starts.iter().map(|&(var, _)| var);
-            let mut averaged: Vec<Var> = parameters.iter().copied().chain(running).collect();
-            averaged.sort_unstable();
-            averaged.dedup();
-            Ema::record(&mut tape, control, norm, &averaged)?;
-        }
         Ok(Self {
             tape,
             images,
