@@ -18,7 +18,7 @@
 //! |---|---|
 //! | [`error`], [`tensor`] | the error type; shapes (N×H×W×C) and element types (`f32`, `f64`) |
 //! | [`tape`] | record → backward → plan → replay; read it first |
-//! | [`device`] | what a plan runs on: the CPU session, vector lanes with run-time dispatch, counter-based random numbers |
+//! | [`device`] | what a plan runs on: the CPU session, GPUs (driver or emulator), vector lanes with run-time dispatch, counter-based random numbers |
 //! | [`ops`] | one room per operation: shape rule, cost, CPU kernel, backward, random test cases; and the registry of all |
 //! | [`gradcheck`] | every registered backward against finite differences |
 //! | [`features`] | the shape features and the malignancy prior φ as mathematics on slices |
@@ -26,6 +26,7 @@
 //! | [`data`] | readers of the data sets, letterboxing, folds, augmentation, batches, phantoms |
 //! | [`metrics`] | segmentation and classification metrics with their statistics |
 //! | [`train`] | configuration, the training loop, checkpoints, evaluation, prediction |
+//! | [`profile`] | time of each step of a plan beside its bytes, its arithmetic and the machine's best |
 //! | [`report`] | self-contained HTML pages |
 //! | [`cli`] | the commands of the program, one file each |
 //!
@@ -82,6 +83,7 @@ pub mod metrics;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod profile;
 pub mod report;
 pub mod tape;
 pub mod tensor;

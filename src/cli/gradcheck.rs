@@ -43,9 +43,17 @@ pub struct Args {
 
 /// A line of the registry, found by its name.
 #[derive(Clone, Debug)]
-struct Operation(Entry);
+pub struct Operation(Entry);
 
-fn operation(name: &str) -> Result<Operation, String> {
+impl Operation {
+    /// Its name in the registry.
+    pub fn name(&self) -> &'static str {
+        self.0.name
+    }
+}
+
+/// Finds an operation, or says which name is meant.
+pub(super) fn operation(name: &str) -> Result<Operation, String> {
     let registry = registry();
     if let Some(entry) = registry.iter().find(|entry| entry.name == name) {
         return Ok(Operation(*entry));

@@ -26,6 +26,7 @@ pub mod gradcheck;
 pub mod pack;
 pub mod phantom;
 pub mod predict;
+pub mod profile;
 pub mod progress;
 pub mod summary;
 pub mod train;
@@ -83,6 +84,7 @@ enum Command {
     Pack(pack::Args),
     Summary(summary::Args),
     Gradcheck(gradcheck::Args),
+    Profile(profile::Args),
 }
 
 impl Cli {
@@ -116,6 +118,7 @@ impl Cli {
             Command::Pack(args) => args.run(),
             Command::Summary(args) => args.run(),
             Command::Gradcheck(args) => args.run(),
+            Command::Profile(args) => args.run(),
         }
     }
 }

@@ -18,6 +18,7 @@ pub mod conv2d;
 pub mod conv_transpose2d;
 pub mod depthwise_conv2d;
 pub mod dropout;
+pub mod examples;
 pub mod gate;
 pub mod group_norm;
 pub mod layer_norm;

@@ -60,6 +60,12 @@ impl Pointer {
         narrow: false,
     };
 
+    /// To elements of f32.
+    pub(super) fn full(address: u64) -> Self {
+        let narrow = false;
+        Self { address, narrow }
+    }
+
     /// The address as a number, to be put into a table of pointers.
     pub fn address(self) -> u64 {
         self.address
@@ -264,47 +270,9 @@ impl Launches<'_> {
     /// more blocks than a grid holds, or if a pointer's elements are stored in another type than the
     /// kernel's.
     pub fn launch<A: Arguments>(&mut self, grid: Grid, arguments: &A) -> Result<()> {
-        if grid.blocks.contains(&0) {
-            return Ok(());
-        }
-        let words = arguments.words();
-        let mut stored = words.iter().filter_map(|w| w.stored);
-        let name = match stored.next() {
-            None => A::KERNEL.to_owned(),
-            Some(narrow) => {
-                if stored.any(|other| other != narrow) {
-                    return Err(self.problem::<A>("expected one storage type, found f32 and bf16"));
-                }
-                format!("{}_{}", A::KERNEL, if narrow { "bf16" } else { "f32" })
-            }
-        };
-        if let Some(position) = words.iter().position(|w| !w.fits) {
-            let problem = format!("parameter {position}: expected f32, found bf16");
-            return Err(self.problem::<A>(&problem));
-        }
-        if grid.blocks[0] > i32::MAX as u32 || grid.blocks[1].max(grid.blocks[2]) > 65_535 {
-            let problem = format!("more blocks than a grid holds: {:?}", grid.blocks);
-            return Err(Error::device(name, problem));
-        }
-        let function = self.gpu.0.function(&name)?;
-        if let Some(parameters) = &function.parameters {
-            let sizes: Vec<u32> = words.iter().map(|w| w.bytes).collect();
-            if sizes != *parameters {
-                let problem = format!("parameters of {parameters:?} bytes, arguments of {sizes:?}");
-                return Err(Error::device(name, problem));
-            }
-        }
-        self.list.push(Launch {
-            step: self.index,
-            function,
-            grid,
-            arguments: words.iter().map(|w| w.bits).collect(),
-        });
+        let launch = prepare(self.gpu, self.index, grid, arguments)?;
+        self.list.extend(launch);
         Ok(())
-    }
-
-    fn problem<A: Arguments>(&self, problem: &str) -> Error {
-        Error::device(A::KERNEL, format!("{}: {problem}", self.step.op.name()))
     }
 
     fn pointer(&self, slot: Slot) -> Pointer {
@@ -313,4 +281,50 @@ impl Launches<'_> {
             narrow: slot.narrow,
         }
     }
+}
+
+/// A launch of step `step`; none if there are no blocks. Errors as [`Launches::launch`].
+pub(super) fn prepare<A: Arguments>(
+    gpu: &Gpu,
+    step: usize,
+    grid: Grid,
+    arguments: &A,
+) -> Result<Option<Launch>> {
+    if grid.blocks.contains(&0) {
+        return Ok(None);
+    }
+    let words = arguments.words();
+    let mut stored = words.iter().filter_map(|w| w.stored);
+    let name = match stored.next() {
+        None => A::KERNEL.to_owned(),
+        Some(narrow) => {
+            if stored.any(|other| other != narrow) {
+                let problem = "expected one storage type, found f32 and bf16";
+                return Err(Error::device(A::KERNEL, problem));
+            }
+            format!("{}_{}", A::KERNEL, if narrow { "bf16" } else { "f32" })
+        }
+    };
+    if let Some(position) = words.iter().position(|w| !w.fits) {
+        let problem = format!("parameter {position}: expected f32, found bf16");
+        return Err(Error::device(name, problem));
+    }
+    if grid.blocks[0] > i32::MAX as u32 || grid.blocks[1].max(grid.blocks[2]) > 65_535 {
+        let problem = format!("more blocks than a grid holds: {:?}", grid.blocks);
+        return Err(Error::device(name, problem));
+    }
+    let function = gpu.0.function(&name)?;
+    if let Some(parameters) = &function.parameters {
+        let sizes: Vec<u32> = words.iter().map(|w| w.bytes).collect();
+        if sizes != *parameters {
+            let problem = format!("parameters of {parameters:?} bytes, arguments of {sizes:?}");
+            return Err(Error::device(name, problem));
+        }
+    }
+    Ok(Some(Launch {
+        step,
+        function,
+        grid,
+        arguments: words.iter().map(|w| w.bits).collect(),
+    }))
 }

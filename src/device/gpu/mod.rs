@@ -166,6 +166,14 @@ impl Gpu {
         self.0.description()
     }
 
+    /// Blocks of a launch that fit on one multiprocessor at a time; 0 on the emulator.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if its blocks fit on none.
+    pub fn occupancy(&self, launch: &launch::Launch) -> Result<u32> {
+        self.0.occupancy(&launch.function, &launch.grid)
+    }
+
     /// Whether activations can be stored as bf16, which takes compute capability 8.0.
     pub fn has_bf16(&self) -> bool {
         let (major, _) = self.0.description().capability;
@@ -202,6 +210,36 @@ impl Gpu {
         result
     }
 
+    /// Queues a kernel `times` times and returns the milliseconds that one of them took.
+    ///
+    /// # Errors
+    /// As [`launch::Launches::launch`], or [`crate::Error::Device`] if the kernel failed.
+    ///
+    /// # Safety
+    /// The pointers among the arguments point to as much memory as the kernel touches.
+    pub(crate) unsafe fn time<A: launch::Arguments>(
+        &self,
+        grid: launch::Grid,
+        arguments: &A,
+        times: u32,
+    ) -> Result<f64> {
+        let launch = launch::prepare(self, 0, grid, arguments)?;
+        let (begin, end) = (Event::new(self)?, Event::new(self)?);
+        begin.record()?;
+        for _ in 0..times {
+            if let Some(launch) = &launch {
+                // SAFETY: as this function's contract.
+                unsafe {
+                    self.0
+                        .launch(&launch.function, &launch.grid, &launch.arguments)
+                }?;
+            }
+        }
+        end.record()?;
+        self.synchronize()?;
+        Ok(f64::from(begin.until(&end)?) / f64::from(times))
+    }
+
     /// Device memory with zeros in it.
     ///
     /// # Errors
@@ -231,6 +269,19 @@ impl Memory {
     /// Its size.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Its beginning, as a kernel's argument.
+    pub(crate) fn pointer(&self) -> launch::Pointer {
+        launch::Pointer::full(self.address)
+    }
+
+    /// Fills it with zeros, behind the work queued so far.
+    ///
+    /// # Errors
+    /// As [`Memory::write`].
+    pub fn clear(&self) -> Result<()> {
+        self.gpu.0.clear(self.address, self.bytes)
     }
 
     /// Writes `from` at `offset` bytes, behind the work queued so far.

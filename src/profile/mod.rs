@@ -1,0 +1,299 @@
+//! Where the time goes: each step of a plan, measured, beside the bytes and the arithmetic that it cannot do
+//! without and what the machine does at best.
+//!
+//! Bytes are compulsory traffic: every input read once, every output written once, in the type that they
+//! are stored in. A step's share of the roofline (Williams, Waterman, Patterson 2009) is the time in which
+//! the machine could move those bytes or do that arithmetic, whichever is longer, over the time it took.
+
+mod features;
+mod roof;
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::device::cpu;
+use crate::device::gpu::{self, Gpu};
+use crate::error::Result;
+use crate::ops::control;
+use crate::tape::{Kind, Options, Plan, Tape, Value, Var};
+
+pub use features::{Block, fused, unfused};
+pub use roof::Roof;
+
+/// How a plan is profiled.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Replays that are timed, after one that is not. Each step's time is the median.
+    pub iterations: usize,
+    /// Activations are stored as bf16 (GPUs).
+    pub narrow: bool,
+}
+
+/// One launch of a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Kernel {
+    /// Its name in `kernels/` and in other profilers.
+    pub name: String,
+    /// Blocks of the grid.
+    pub blocks: [u32; 3],
+    /// Threads of a block.
+    pub threads: [u32; 3],
+    /// Registers of a thread; 0 where there are none.
+    pub registers: u32,
+    /// Shared memory of a block, bytes.
+    pub shared_bytes: u32,
+    /// Local memory of a thread (spills, stack), bytes.
+    pub local_bytes: u32,
+    /// Share of a multiprocessor's threads that can be resident at a time.
+    pub occupancy: Option<f64>,
+    /// Seconds, the median.
+    pub seconds: Option<f64>,
+}
+
+/// One step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Number in the plan.
+    pub step: usize,
+    /// The operation's name.
+    pub operation: &'static str,
+    /// Name of its first output.
+    pub output: String,
+    /// N, H, W, C of its largest input or output.
+    pub shape: [usize; 4],
+    /// Compulsory traffic.
+    pub bytes: u64,
+    /// Arithmetic; a fused multiply-add counts two.
+    pub flops: u64,
+    /// When it began in the last replay, seconds from the replay's beginning.
+    pub start: Option<f64>,
+    /// Seconds, the median; none where time means nothing (the emulator).
+    pub seconds: Option<f64>,
+    /// Share of the roofline, 0 to 1; more where data stays in caches.
+    pub roofline: Option<f64>,
+    /// What was launched (GPUs).
+    pub kernels: Vec<Kernel>,
+}
+
+/// A measured plan.
+#[derive(Clone, Debug, Serialize)]
+pub struct Profile {
+    /// What was measured.
+    pub title: String,
+    /// The steps in order.
+    pub rows: Vec<Row>,
+    /// Bytes of the arena.
+    pub arena_bytes: usize,
+}
+
+impl Profile {
+    /// Seconds of one replay: the sum over the steps.
+    pub fn seconds(&self) -> Option<f64> {
+        self.rows.iter().map(|row| row.seconds).sum()
+    }
+
+    /// Compulsory traffic of one replay, step by step.
+    pub fn bytes(&self) -> u64 {
+        self.rows.iter().map(|row| row.bytes).sum()
+    }
+
+    /// Arithmetic of one replay.
+    pub fn flops(&self) -> u64 {
+        self.rows.iter().map(|row| row.flops).sum()
+    }
+
+    /// The replay as a Chrome trace, for Perfetto and `chrome://tracing`: one event a step, microseconds.
+    pub fn trace(&self) -> serde_json::Value {
+        let event = |row: &Row| {
+            Some(serde_json::json!({
+                "name": row.operation, "cat": "step", "ph": "X", "pid": self.title, "tid": "steps",
+                "ts": row.start? * 1e6, "dur": row.seconds? * 1e6,
+                "args": {
+                    "step": row.step, "output": row.output, "shape": row.shape, "bytes": row.bytes,
+                    "flops": row.flops, "roofline": row.roofline,
+                    "kernels": row.kernels.iter().map(|k| &k.name).collect::<Vec<_>>(),
+                },
+            }))
+        };
+        serde_json::Value::Array(self.rows.iter().filter_map(event).collect())
+    }
+}
+
+/// Steps without their times.
+fn rows(plan: &Plan) -> Vec<Row> {
+    let steps = plan.steps().iter().enumerate();
+    steps
+        .map(|(index, step)| {
+            let values = || step.read.iter().chain(&step.write);
+            let narrow = values().filter(|(slot, _)| slot.narrow);
+            let saved: usize = narrow.map(|(slot, _)| 2 * slot.len).sum();
+            let shape = values().map(|&(_, shape)| shape).max_by_key(|s| s.len());
+            let output = step.outputs.first();
+            Row {
+                step: index,
+                operation: step.op.name(),
+                output: output.map_or_else(String::new, |v| plan.values()[v.index()].name.clone()),
+                shape: shape.map_or([0; 4], |s| [s.n, s.h, s.w, s.c]),
+                bytes: (4 * step.cost.elements).saturating_sub(saved as u64),
+                flops: step.cost.flops,
+                start: None,
+                seconds: None,
+                roofline: None,
+                kernels: Vec::new(),
+            }
+        })
+        .collect()
+}
+
+/// Numbers that suit a value: a lesion for logits and masks, plausible settings for the control vector,
+/// uniform in 0.05..0.95 otherwise.
+fn fill(value: &Value) -> Vec<f32> {
+    let shape = value.shape;
+    if value.name == "control" {
+        let mut settings = vec![0.0; shape.len()];
+        settings[control::STEP] = 1.0;
+        settings[control::LEARNING_RATE] = 1e-3;
+        settings[control::RAMP] = 1.0;
+        settings[control::EMA_DECAY] = 0.99;
+        return settings;
+    }
+    let centred = |i: usize, n: usize| (i % n) as f32 - (n as f32 - 1.0) / 2.0;
+    let radius = shape.h.min(shape.w) as f32 / 4.0;
+    let inside = |i: usize| radius - centred(i, shape.w).hypot(centred(i / shape.w, shape.h));
+    let uniform = |i: usize| {
+        let hash = (i as u32).wrapping_mul(0x9e37_79b9) >> 8;
+        0.05 + 0.9 * hash as f32 / (1 << 24) as f32
+    };
+    let element = |i: usize| match value.name.as_str() {
+        "logits" => inside(i) / 4.0,
+        "truth" => f32::from(u8::from(inside(i) > -5.0)),
+        _ => uniform(i),
+    };
+    (0..shape.len()).map(element).collect()
+}
+
+/// Values that are written before a replay.
+fn persistent(plan: &Plan, tape: &Tape) -> Vec<(Var, Vec<f32>)> {
+    let kinds = [Kind::Input, Kind::Parameter, Kind::State];
+    let vars = kinds.into_iter().flat_map(|kind| tape.of_kind(kind));
+    vars.map(|v| (v, fill(&plan.values()[v.index()]))).collect()
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Share of the roofline of each measured row.
+fn compare(rows: &mut [Row], roof: &Roof) {
+    for row in rows {
+        row.roofline = row.seconds.map(|s| roof.seconds(row.bytes, row.flops) / s);
+    }
+}
+
+/// Measures a tape on the processor.
+///
+/// # Errors
+/// If the plan does not fit into memory.
+pub fn on_cpu(title: &str, tape: &Tape, settings: Settings, roof: &Roof) -> Result<Profile> {
+    let plan = Plan::new(tape, Options::default())?;
+    let mut rows = rows(&plan);
+    let written = persistent(&plan, tape);
+    let arena_bytes = plan.len() * size_of::<f32>();
+    let mut session = cpu::Session::<f32>::new(plan)?;
+    written
+        .iter()
+        .for_each(|(var, values)| session.write(*var, values));
+    session.run();
+    let mut times = vec![Vec::new(); rows.len()];
+    for _ in 0..settings.iterations {
+        let start = Instant::now();
+        let mut before = 0.0;
+        session.run_observed(|step| {
+            let now = start.elapsed().as_secs_f64();
+            times[step].push(now - before);
+            rows[step].start = Some(before);
+            before = now;
+        });
+    }
+    for (row, times) in rows.iter_mut().zip(times) {
+        row.seconds = Some(median(times));
+    }
+    compare(&mut rows, roof);
+    Ok(Profile {
+        title: title.to_owned(),
+        rows,
+        arena_bytes,
+    })
+}
+
+/// Measures a tape on a GPU, its caches emptied before each replay. On the emulator one replay shows what
+/// would be launched, without times (`roof` is none).
+///
+/// # Errors
+/// [`crate::Error::NoKernel`] if an operation has no kernel, [`crate::Error::Device`] if there is not
+/// enough memory or a kernel did something wrong.
+pub fn on_gpu(
+    title: &str,
+    tape: &Tape,
+    gpu: &Gpu,
+    settings: Settings,
+    roof: Option<&Roof>,
+) -> Result<Profile> {
+    let plan = Plan::new(tape, Options::gpu(settings.narrow))?;
+    let mut rows = rows(&plan);
+    let written = persistent(&plan, tape);
+    let mut session = gpu::Session::new(gpu, plan)?;
+    for (var, values) in &written {
+        session.write(*var, values)?;
+    }
+    session.run()?;
+    gpu.synchronize()?;
+    let device = gpu.description();
+    for launch in session.launches() {
+        let (function, grid) = (&launch.function, launch.grid);
+        let blocks = gpu.occupancy(launch)?;
+        let threads: u32 = grid.threads.iter().product();
+        let resident = f64::from(blocks * threads) / f64::from(device.threads);
+        rows[launch.step].kernels.push(Kernel {
+            name: function.name.to_string(),
+            blocks: grid.blocks,
+            threads: grid.threads,
+            registers: function.registers,
+            shared_bytes: function.shared + grid.shared,
+            local_bytes: function.local,
+            occupancy: (device.threads > 0).then_some(resident),
+            seconds: None,
+        });
+    }
+    if let Some(roof) = roof {
+        let flush = gpu.memory(2 * device.l2 as usize)?;
+        let mut times = vec![Vec::new(); session.launches().len()];
+        for _ in 0..settings.iterations {
+            flush.clear()?;
+            let timed = session.run_timed()?;
+            let mut begun = vec![false; rows.len()];
+            for (times, timed) in times.iter_mut().zip(timed) {
+                times.push(f64::from(timed.time) * 1e-3);
+                if !std::mem::replace(&mut begun[timed.step], true) {
+                    rows[timed.step].start = Some(f64::from(timed.start) * 1e-3);
+                }
+            }
+        }
+        let mut times = times.into_iter().map(median);
+        for row in &mut rows {
+            for kernel in &mut row.kernels {
+                kernel.seconds = times.next();
+            }
+            row.seconds = row.kernels.iter().map(|kernel| kernel.seconds).sum();
+            row.start.get_or_insert(0.0);
+        }
+        compare(&mut rows, roof);
+    }
+    Ok(Profile {
+        title: title.to_owned(),
+        rows,
+        arena_bytes: session.bytes(),
+    })
+}
