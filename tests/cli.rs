@@ -204,7 +204,7 @@ fn copy() -> TempDir {
 
 // ---- help and usage -------------------------------------------------------------------------
 
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 10] = [
     "demo",
     "train",
     "evaluate",
@@ -214,6 +214,7 @@ const COMMANDS: [&str; 9] = [
     "pack",
     "summary",
     "gradcheck",
+    "profile",
 ];
 
 #[test]
@@ -1067,6 +1068,107 @@ fn gradcheck_ends_with_its_counts() {
             .lines()
             .any(|line| line.starts_with("conv2d ") && line.ends_with("ok"))
     );
+}
+
+// ---- profile --------------------------------------------------------------------------------
+
+#[test]
+fn profile_measures_each_step() {
+    let folder = TempDir::new().unwrap();
+    let at = folder.path();
+    let list = json(at, &["profile", "--list", "--json"]);
+    let names: Vec<&str> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["name"].as_str().unwrap())
+        .collect();
+    assert!(names.contains(&"mask_head") && names.contains(&"conv2d"));
+
+    let shape = ["--shape", "2,8,8,4", "--iters", "2"];
+    let args = [
+        &["profile", "--op", "add", "--json", "--trace", "t.json"],
+        &shape[..],
+    ]
+    .concat();
+    let found = json(at, &args);
+    let rows = found["profiles"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows[0]["operation"], "add");
+    assert_eq!(rows[0]["shape"], serde_json::json!([2, 8, 8, 4]));
+    // Two tensors read, one written, four bytes an element, one addition each.
+    assert_eq!(rows[0]["bytes"], 3 * 4 * 512);
+    assert_eq!(rows[0]["flops"], 512);
+    assert!(rows[0]["seconds"].as_f64().unwrap() > 0.0);
+    assert!(found["roof"]["copy_bytes_per_second"].as_f64().unwrap() > 1e6);
+    let trace: Value = serde_json::from_slice(&fs::read(at.join("t.json")).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let timed: Vec<&Value> = events.iter().filter(|event| event["ph"] == "X").collect();
+    assert_eq!(timed.len(), rows.len());
+    assert_eq!(timed[0]["name"], "add");
+    assert!(timed.windows(2).all(|pair| {
+        let time = |event: &Value, key: &str| event[key].as_f64().unwrap();
+        time(pair[0], "ts") + time(pair[0], "dur") <= time(pair[1], "ts") + 1e-3
+    }));
+
+    let block = [
+        "profile",
+        "--features",
+        "--shape",
+        "1,32,32,1",
+        "--iters",
+        "1",
+        "--json",
+    ];
+    let block = json(at, &block);
+    let profiles = block["profiles"].as_array().unwrap();
+    assert_eq!(profiles.len(), 2);
+    assert!(profiles[0]["bytes"].as_u64() < profiles[1]["bytes"].as_u64());
+    assert!(block["fusion"].as_f64().unwrap() > 0.0);
+    let step = [
+        "profile", "--step", "--preset", "tiny", "--batch", "2", "--size", "16", "--iters", "1",
+    ];
+    let step = done(at, &step);
+    assert!(
+        step.contains("conv2d_weight_gradient") && step.contains("slowest steps"),
+        "{step}"
+    );
+    assert!(
+        step.lines().all(|line| line.chars().count() <= 100),
+        "{step}"
+    );
+
+    let fails = |args: &[&str], parts: &[&str]| {
+        assert_fails(&output(at, &[&["profile"], args].concat()), parts);
+    };
+    fails(
+        &["--op", "relu", "--dtype", "bf16"],
+        &["--dtype: bf16 needs --device"],
+    );
+    fails(
+        &["--op", "mask_head", "--shape", "1,8,8,3"],
+        &["mask_head: "],
+    );
+    let nowhere = [
+        "--op",
+        "relu",
+        "--shape",
+        "1,2,2,1",
+        "--iters",
+        "1",
+        "--trace",
+        "no/t.json",
+    ];
+    fails(&nowhere, &["no/t.json: cannot be written"]);
+    for shape in [
+        "1,2,3",
+        "0,1,1,1",
+        "a,1,1,1",
+        "1,1,1,1,1",
+        "100000,100000,100000,1",
+    ] {
+        let args = ["profile", "--op", "relu", "--shape", shape];
+        assert_eq!(output(at, &args).status.code(), Some(2), "{shape}");
+    }
 }
 
 // ---- signals --------------------------------------------------------------------------------

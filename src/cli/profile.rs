@@ -154,6 +154,10 @@ impl Args {
             let problem = "bf16 needs --device emulator, or a GPU of compute capability 8.0";
             return Err(Error::argument("--dtype", problem).into());
         }
+        if self.trace.is_some() && self.device == Device::Emulator {
+            let problem = "the emulator takes no times; expected --device cpu or cuda";
+            return Err(Error::argument("--trace", problem).into());
+        }
         let tapes = self.tapes()?;
         let roof = match (&gpu, self.device) {
             (Some(gpu), Device::Cuda) => Some(Roof::of_gpu(gpu, narrow)?),
@@ -273,16 +277,10 @@ fn list(json: bool) -> anyhow::Result<()> {
 }
 
 fn write_trace(path: &std::path::Path, profiles: &[Profile]) -> Result<()> {
-    let mut events = Vec::new();
-    for profile in profiles {
-        if let serde_json::Value::Array(more) = profile.trace() {
-            events.extend(more);
-        }
-    }
-    if events.is_empty() {
-        let problem = "the emulator takes no times; expected --device cpu or cuda";
-        return Err(Error::argument("--trace", problem));
-    }
+    let profiles = profiles.iter().enumerate();
+    let events: Vec<_> = profiles
+        .flat_map(|(process, profile)| profile.trace(process))
+        .collect();
     let text = serde_json::json!({ "traceEvents": events, "displayTimeUnit": "ns" }).to_string();
     std::fs::write(path, text).map_err(|e| Error::caused(path, "cannot be written", e))
 }

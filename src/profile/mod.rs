@@ -49,6 +49,16 @@ pub struct Kernel {
     pub occupancy: Option<f64>,
     /// Seconds, the median.
     pub seconds: Option<f64>,
+    /// In the last replay.
+    #[serde(skip)]
+    last: Option<Span>,
+}
+
+/// A stretch of a replay, in seconds from its beginning.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: f64,
+    seconds: f64,
 }
 
 /// One step.
@@ -66,14 +76,15 @@ pub struct Row {
     pub bytes: u64,
     /// Arithmetic; a fused multiply-add counts two.
     pub flops: u64,
-    /// When it began in the last replay, seconds from the replay's beginning.
-    pub start: Option<f64>,
     /// Seconds, the median; none where time means nothing (the emulator).
     pub seconds: Option<f64>,
     /// Share of the roofline, 0 to 1; more where data stays in caches.
     pub roofline: Option<f64>,
     /// What was launched (GPUs).
     pub kernels: Vec<Kernel>,
+    /// In the last replay (processor).
+    #[serde(skip)]
+    last: Option<Span>,
 }
 
 /// A measured plan.
@@ -103,20 +114,29 @@ impl Profile {
         self.rows.iter().map(|row| row.flops).sum()
     }
 
-    /// The replay as a Chrome trace, for Perfetto and `chrome://tracing`: one event a step, microseconds.
-    pub fn trace(&self) -> serde_json::Value {
-        let event = |row: &Row| {
-            Some(serde_json::json!({
-                "name": row.operation, "cat": "step", "ph": "X", "pid": self.title, "tid": "steps",
-                "ts": row.start? * 1e6, "dur": row.seconds? * 1e6,
+    /// The last replay as events of a Chrome trace, for Perfetto and `chrome://tracing`: one a step or, on
+    /// a GPU, one a kernel. `process` tells several profiles of one trace apart.
+    pub fn trace(&self, process: usize) -> Vec<serde_json::Value> {
+        let event = |name: &str, row: &Row, span: Span| {
+            serde_json::json!({
+                "name": name, "cat": row.operation, "ph": "X", "pid": process, "tid": 0,
+                "ts": span.start * 1e6, "dur": span.seconds * 1e6,
                 "args": {
                     "step": row.step, "output": row.output, "shape": row.shape, "bytes": row.bytes,
                     "flops": row.flops, "roofline": row.roofline,
-                    "kernels": row.kernels.iter().map(|k| &k.name).collect::<Vec<_>>(),
                 },
-            }))
+            })
         };
-        serde_json::Value::Array(self.rows.iter().filter_map(event).collect())
+        let title = serde_json::json!({
+            "name": "process_name", "ph": "M", "pid": process, "args": { "name": self.title },
+        });
+        let mut events = vec![title];
+        for row in &self.rows {
+            events.extend(row.last.map(|span| event(row.operation, row, span)));
+            let kernels = row.kernels.iter();
+            events.extend(kernels.filter_map(|k| Some(event(&k.name, row, k.last?))));
+        }
+        events
     }
 }
 
@@ -137,10 +157,10 @@ fn rows(plan: &Plan) -> Vec<Row> {
                 shape: shape.map_or([0; 4], |s| [s.n, s.h, s.w, s.c]),
                 bytes: (4 * step.cost.elements).saturating_sub(saved as u64),
                 flops: step.cost.flops,
-                start: None,
                 seconds: None,
                 roofline: None,
                 kernels: Vec::new(),
+                last: None,
             }
         })
         .collect()
@@ -212,8 +232,12 @@ pub fn on_cpu(title: &str, tape: &Tape, settings: Settings, roof: &Roof) -> Resu
         let mut before = 0.0;
         session.run_observed(|step| {
             let now = start.elapsed().as_secs_f64();
-            times[step].push(now - before);
-            rows[step].start = Some(before);
+            let seconds = now - before;
+            times[step].push(seconds);
+            rows[step].last = Some(Span {
+                start: before,
+                seconds,
+            });
             before = now;
         });
     }
@@ -265,29 +289,29 @@ pub fn on_gpu(
             local_bytes: function.local,
             occupancy: (device.threads > 0).then_some(resident),
             seconds: None,
+            last: None,
         });
     }
     if let Some(roof) = roof {
         let flush = gpu.memory(2 * device.l2 as usize)?;
         let mut times = vec![Vec::new(); session.launches().len()];
+        let mut last = vec![None; times.len()];
         for _ in 0..settings.iterations {
             flush.clear()?;
             let timed = session.run_timed()?;
-            let mut begun = vec![false; rows.len()];
-            for (times, timed) in times.iter_mut().zip(timed) {
-                times.push(f64::from(timed.time) * 1e-3);
-                if !std::mem::replace(&mut begun[timed.step], true) {
-                    rows[timed.step].start = Some(f64::from(timed.start) * 1e-3);
-                }
+            for ((times, last), timed) in times.iter_mut().zip(&mut last).zip(timed) {
+                let (start, seconds) =
+                    (1e-3 * f64::from(timed.start), 1e-3 * f64::from(timed.time));
+                times.push(seconds);
+                *last = Some(Span { start, seconds });
             }
         }
-        let mut times = times.into_iter().map(median);
+        let mut measured = times.into_iter().map(median).zip(last);
         for row in &mut rows {
-            for kernel in &mut row.kernels {
-                kernel.seconds = times.next();
+            for (kernel, (seconds, last)) in row.kernels.iter_mut().zip(&mut measured) {
+                (kernel.seconds, kernel.last) = (Some(seconds), last);
             }
             row.seconds = row.kernels.iter().map(|kernel| kernel.seconds).sum();
-            row.start.get_or_insert(0.0);
         }
         compare(&mut rows, roof);
     }

@@ -186,14 +186,6 @@ impl Gpu {
         self.0.reorder(seed);
     }
 
-    /// Blocks of a launch that fit on one multiprocessor at a time; 0 on the emulator.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if its blocks fit on none.
-    pub fn occupancy(&self, launch: &launch::Launch) -> Result<u32> {
-        self.0.occupancy(&launch.function, &launch.grid)
-    }
-
     /// Waits for the work queued so far.
     ///
     /// # Errors
