@@ -51,7 +51,8 @@ step gradcheck "$echograd" gradcheck --device cuda
 for tool in memcheck racecheck initcheck synccheck; do
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$echograd" gradcheck --device cuda --cases 2
 done
-step profile "$echograd" profile --device cuda --features --json
+step profile "$echograd" profile --device cuda --features --iters 50 --json
+step profile_bf16 "$echograd" profile --device cuda --features --iters 50 --json --dtype bf16
 step pytorch "$python" benches/peers/features_gpu.py
 
 "$python" benches/gpu_report.py "$logs" benches/results "$echograd"

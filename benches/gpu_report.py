@@ -7,12 +7,16 @@ Exit status: 0 if every step passed, 1 if not.
 
 import datetime
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 OUTPUT_LINES = 40
+JSON_STEPS = ("profile", "profile_bf16", "pytorch")
+# Of the measured copy bandwidth; of PyTorch's time.
+TARGETS = {"bandwidth": 0.85, "eager": 20.0, "compile": 4.0}
 
 
 def read(path):
@@ -46,20 +50,61 @@ def steps(logs):
         step = {"name": name, "command": command, "status": int(status), "seconds": int(seconds)}
         if int(status):
             step["stdout"], step["stderr"] = out[-OUTPUT_LINES:], err[-OUTPUT_LINES:]
-        elif name not in ("profile", "pytorch"):
+        elif name in JSON_STEPS:
+            if document(logs, name) is None:
+                step["status"], step["stderr"] = 1, ["its output is no JSON"]
+        else:
             step["stdout"] = out[-OUTPUT_LINES:] if name == "doctor" else out[-1:]
         found.append(step)
     return found
+
+
+def compare(profile, pytorch, dtype):
+    """The fused block against the copy bandwidth and PyTorch, as far as all were measured."""
+    try:
+        fused = next(p for p in profile["profiles"] if p["title"].startswith("fused"))
+        # The faster of the two copies that were measured: the harder target.
+        copy = max(profile["roof"]["copy_bytes_per_second"], 1e9 * pytorch["copy"]["gb_per_s"])
+        masks, side, *_ = max((row["shape"] for row in fused["rows"]), key=math.prod)
+        peer = next(b for b in pytorch["blocks"] if (b["dtype"], b["masks"], b["side"]) == (dtype, masks, side))
+        found = {
+            "masks": peer["masks"],
+            "side": peer["side"],
+            "seconds": fused["seconds"],
+            "bandwidth": fused["bytes"] / fused["seconds"] / copy,
+            "eager": 1e-3 * peer["eager_ms"] / fused["seconds"],
+        }
+        if "compile_ms" in peer:
+            found["compile"] = 1e-3 * peer["compile_ms"] / fused["seconds"]
+    except (KeyError, IndexError, StopIteration, TypeError, ZeroDivisionError):
+        return None
+    return found
+
+
+def summary(ratios):
+    texts = {
+        "bandwidth": ("of the copy bandwidth", lambda x: f"{100 * x:.0f} %"),
+        "eager": ("faster than PyTorch eager", lambda x: f"{x:.1f}×"),
+        "compile": ("faster than torch.compile", lambda x: f"{x:.1f}×"),
+    }
+    for dtype, found in ratios.items():
+        if found is None:
+            print(f"  feature block, {dtype}: not measured")
+            continue
+        masks = f"{found['masks']} masks of {found['side']}²"
+        print(f"  feature block, {dtype}, {masks}: {1e6 * found['seconds']:.0f} µs")
+        for name, (text, show) in texts.items():
+            if name in found:
+                verdict = "met" if found[name] >= TARGETS[name] else "MISSED"
+                print(f"    {show(found[name])} {text} (target {show(TARGETS[name])}: {verdict})")
 
 
 def main():
     logs, results, echograd = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     gpu, driver, memory, clock = (word.strip() for word in read(logs / "gpu").splitlines()[0].split(","))
     ran = steps(logs)
-    profile, pytorch = document(logs, "profile"), document(logs, "pytorch")
-    for step in ran:
-        if step["name"] in ("profile", "pytorch") and step["status"] == 0 and document(logs, step["name"]) is None:
-            step["status"], step["stderr"] = 1, ["its output is not JSON"]
+    profile, profile_bf16, pytorch = (document(logs, name) for name in JSON_STEPS)
+    ratios = {"f32": compare(profile, pytorch, "f32"), "bf16": compare(profile_bf16, pytorch, "bf16")}
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "gpu": {"name": gpu, "driver": driver, "memory": memory, "max_sm_clock": clock},
@@ -70,7 +115,9 @@ def main():
             "torch": pytorch and pytorch["torch"],
         },
         "steps": ran,
+        "ratios": ratios,
         "profile": profile,
+        "profile_bf16": profile_bf16,
         "pytorch": pytorch,
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
@@ -80,6 +127,7 @@ def main():
     print(f"\n{gpu}, driver {driver}: {len(ran) - len(failed)} steps passed, {len(failed)} failed")
     for name in failed:
         print(f"  FAILED: {name}")
+    summary(ratios)
     print(f"written to {path}")
     return 1 if failed else 0
 

@@ -2,13 +2,13 @@
 
     python benches/peers/features_gpu.py [--blocks 256x256,64x256,16x256,256x128] [--iterations N] [--no-compile]
 
-From mask logits z, true masks g and malignancy logits l to
+From mask logits z, true masks g, malignancy logits l and labels y to
 
-    mean(BCE(z, g)) + mean(Dice(σ(z), g)) + Σ c·(σ(l) − φ)² / measurable lesions
+    mean(BCE(z, g)) + mean(Dice(σ(z), g)) + 0.2·mean(BCE(l, y)) + Σ c·(σ(l) − φ)² / measurable lesions
 
 and back to z, l and the prior's weights: cross-entropy, Dice loss, the four shape features, the prior φ and the consistency
-term, as `echograd train` has them, here as one would write them in PyTorch. Logits are stored as f32 or bf16, everything is
-computed in f32 (in bf16 the moments would be useless). `--blocks` lists masks × side.
+term, the block of `echograd profile --features`, here as one would write it in PyTorch. Logits and masks are stored as f32 or
+bf16, everything is computed in f32 (in bf16 the moments would be useless). `--blocks` lists masks × side.
 
 Times are between CUDA events around one forward and backward; before each the L2 cache is overwritten; the median of
 `--iterations` after a warm-up. The host does not wait between iterations, so that launches overlap with the work
@@ -38,6 +38,7 @@ WEIGHT = (0.0, 0.233, 1.265, 0.419)
 BIAS = -0.486
 # |x − exact| ≤ TOLERANCE·max|exact|: f32 arithmetic; bf16 stores gradients with 8 bits.
 TOLERANCE = {"f32": 1e-4, "bf16": 2.0**-8}
+CLASSIFICATION = 0.2
 WARM_UP = 10
 
 
@@ -80,8 +81,8 @@ def shape_features(m, axis, sobel):
     return features, measurable, torch.relu(2 * s2 / area - 1).detach()
 
 
-def loss(z, g, malignancy, weight, bias, mean, sd, axis, sobel):
-    z = z.to(axis.dtype)
+def loss(z, g, malignancy, weight, bias, mean, sd, labels, axis, sobel):
+    z, g = z.to(axis.dtype), g.to(axis.dtype)
     entropy = F.binary_cross_entropy_with_logits(z, g)
     s = torch.sigmoid(z)
     dice = 1 - (2 * (s * g).sum((1, 2)) + 1) / (s.sum((1, 2)) + g.sum((1, 2)) + 1)
@@ -89,7 +90,8 @@ def loss(z, g, malignancy, weight, bias, mean, sd, axis, sobel):
     phi = torch.sigmoid(bias + ((features - mean) / sd) @ weight)
     squares = decided * (torch.sigmoid(malignancy) - phi) ** 2
     consistency = torch.where(measurable, squares, 0.0).sum() / measurable.sum().clamp(min=1)
-    return entropy + dice.mean() + consistency
+    classification = CLASSIFICATION * F.binary_cross_entropy_with_logits(malignancy, labels)
+    return entropy + dice.mean() + classification + consistency
 
 
 def inputs(masks, side, device, storage, dtype):
@@ -104,11 +106,14 @@ def inputs(masks, side, device, storage, dtype):
     u, v = x * torch.cos(turn) + y * torch.sin(turn), y * torch.cos(turn) - x * torch.sin(turn)
     radius = torch.sqrt((u / a) ** 2 + (v / b) ** 2)
     wave = 0.1 * torch.sin(7 * torch.atan2(v, u))
+    # Rounded first, so that the block in f64 has the same logits.
+    stored = torch.float64 if dtype == torch.float64 else storage
     z = ((1 + wave - radius) * side / 16).to(torch.float32).to(storage)
-    g = (radius < 1).to(dtype)
+    z, g = z.to(stored), (radius < 1).to(stored)
+    labels = (torch.arange(masks) % 2).to(dtype)
     malignancy = torch.linspace(-2, 2, masks, dtype=torch.float64).to(dtype)
     prior = [torch.tensor(values, dtype=torch.float64).to(dtype) for values in (WEIGHT, BIAS, MEAN, SD)]
-    values = [tensor.to(device) for tensor in (z if dtype != torch.float64 else z.to(dtype), g, malignancy, *prior)]
+    values = [tensor.to(device) for tensor in (z, g, malignancy, *prior, labels)]
     for i in (0, 2, 3, 4):
         values[i].requires_grad_()
     return [*values, axis.to(device, dtype), sobel.to(device, dtype)]
