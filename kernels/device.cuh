@@ -229,6 +229,35 @@ __device__ __forceinline__ T block_reduce(T x, T* scratch, F combine) {
     return x;
 }
 
+// Count sums at once, at the price of one barrier: x[k] over a block of Threads threads, in thread k
+// alone (others receive 0). All of them must call it. `scratch` is free again after the next barrier.
+template <int Threads, class T, int Count>
+__device__ __forceinline__ T block_sums(const T (&x)[Count], T (&scratch)[Threads / 32][Count]) {
+    static_assert(Threads % 32 == 0 && Threads <= 1024 && Count <= Threads, "whole warps");
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+        T sum = warp_reduce(x[k], Sum{});
+        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32][k] = sum;
+    }
+    __syncthreads();
+    T sum = 0;
+    if (threadIdx.x < Count) {
+#pragma unroll
+        for (int warp = 0; warp < Threads / 32; ++warp) sum += scratch[warp][threadIdx.x];
+    }
+    return sum;
+}
+
+// x[0] + x[stride] + … over `count` numbers, by one warp, in every lane: how the partial sums of blocks are
+// added. The order depends on the count alone.
+__device__ __forceinline__ double warp_sum(const double* x, int count, int stride) {
+    double sum = 0.0;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
+        sum += x[static_cast<size_t>(i) * stride];
+    }
+    return warp_reduce(sum, Sum{});
+}
+
 // ---- cp.async: global to shared memory behind the threads' backs (a plain copy before sm_80) ----
 
 // Copies `valid` of Bytes (4, 8 or 16) and fills up with zeros. Both addresses are multiples of Bytes.

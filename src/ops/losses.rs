@@ -2,13 +2,14 @@
 //! them.
 //!
 //! Sums run over pieces of fixed size, in lanes of the element type for a few hundred elements and in
-//! `f64` from there, and the pieces are added in order.
+//! `f64` from there, and the pieces are added in order. So they do on a GPU (`kernels/losses.cu`).
 
 use rayon::prelude::*;
 
 use super::pointwise::{PIECE, Scale, same, sigmoid};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, Stored, kernel};
 use crate::device::simd::{self, Lanes, MAX_LANES};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -30,6 +31,63 @@ trait Spread<T: Real, const K: usize>: Copy + Send + Sync {
 
 fn pieces(shape: Shape) -> usize {
     (shape.len() / shape.n).div_ceil(PIECE)
+}
+
+/// Threads of a block in `kernels/losses.cu`, and elements that a block works on.
+const THREADS: u32 = 256;
+const DEVICE_PIECE: usize = 4096;
+
+/// How a GPU's kernels see a batch: elements of an image, pieces of an image, blocks.
+#[derive(Clone, Copy)]
+struct Pieces {
+    len: i32,
+    pieces: i32,
+    grid: Grid,
+}
+
+impl Pieces {
+    fn of(at: &Launches<'_>, shape: Shape) -> Result<Self> {
+        let len = shape.len() / shape.n;
+        let pieces = len.div_ceil(DEVICE_PIECE);
+        Ok(Self {
+            len: at.int(len)?,
+            pieces: at.int(pieces)?,
+            grid: Grid::new(shape.n * pieces, THREADS),
+        })
+    }
+
+    /// Bytes of `sums` sums in `f64` for each piece of a batch.
+    fn bytes(shape: Shape, sums: usize) -> usize {
+        let pieces = (shape.len() / shape.n).div_ceil(DEVICE_PIECE);
+        size_of::<f64>() * sums * shape.n * pieces
+    }
+}
+
+/// One warp for each image.
+fn warp_per_image(shape: Shape) -> Grid {
+    Grid::new(shape.n, 32)
+}
+
+kernel! {
+    /// `y = Σ / len` for each image.
+    struct ImageMeans = "image_means" { partial: Full, y: Full, len: i32, pieces: i32 }
+}
+
+/// Adds the pieces of each image up to its mean.
+fn launch_means(at: &mut Launches<'_>, shape: Shape) -> Result<()> {
+    let Pieces { len, pieces, .. } = Pieces::of(at, shape)?;
+    let arguments = ImageMeans {
+        partial: at.scratch().into(),
+        y: at.output(0).into(),
+        len,
+        pieces,
+    };
+    at.launch(warp_per_image(shape), &arguments)
+}
+
+/// Whether targets are f32 beside logits in bf16, as labels are.
+fn in_full(targets: Pointer, logits: Pointer) -> bool {
+    logits.is_narrow() && !targets.is_narrow()
 }
 
 /// Calls `each` with every image's number and sums. `scratch` holds `n · pieces · K` elements.
@@ -135,9 +193,19 @@ impl<T: Real, F: Spread<T, K>, const K: usize> simd::Kernel<T> for Spreading<'_,
     }
 }
 
+/// Refuses tensors without elements, which have no mean.
+pub(super) fn not_empty(op: &'static str, shape: Shape) -> Result<()> {
+    if shape.is_empty() {
+        let problem = format!("expected at least one image and pixel, found {shape}");
+        return Err(Error::shape(op, problem));
+    }
+    Ok(())
+}
+
 /// The shape rule of a loss per image of two tensors.
 fn per_image(op: &'static str, inputs: &[Shape]) -> Result<Vec<Shape>> {
     same(op, inputs)?;
+    not_empty(op, inputs[0])?;
     Ok(vec![Shape::per_image(inputs[0].n, 1)])
 }
 
@@ -221,6 +289,50 @@ impl Op for BceWithLogits {
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         backward_of_first(at, BceGradient)
     }
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let shape = at.input_shape(0);
+        let Pieces { len, pieces, grid } = Pieces::of(at, shape)?;
+        let (a, b, partial) = (at.input(0), at.input(1), at.scratch().into());
+        if in_full(b, a) {
+            let (a, b) = (a.into(), b.into());
+            at.launch(
+                grid,
+                &BceLabelSums {
+                    a,
+                    b,
+                    partial,
+                    len,
+                    pieces,
+                },
+            )?;
+        } else {
+            let (a, b) = (a.into(), b.into());
+            at.launch(
+                grid,
+                &BceSums {
+                    a,
+                    b,
+                    partial,
+                    len,
+                    pieces,
+                },
+            )?;
+        }
+        launch_means(at, shape)
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        Pieces::bytes(inputs[0], 1)
+    }
+}
+
+kernel! {
+    struct BceSums = "bce_sums" { a: Stored, b: Stored, partial: Full, len: i32, pieces: i32 }
+}
+kernel! {
+    struct BceLabelSums = "bce_label_sums" { a: Stored, b: Full, partial: Full, len: i32, pieces: i32 }
 }
 
 /// `dz = dy·(σ(z) − g)/len`, written as `σ(z)(1 − g) − σ(−z)g` so that nothing cancels; inputs `dy`, `z`,
@@ -254,6 +366,51 @@ impl Op for BceGradient {
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         10 * inputs[1].len() as u64
+    }
+    fn narrow(&self, _: usize, inputs: &[bool]) -> bool {
+        inputs[1]
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let Pieces { len, pieces, grid } = Pieces::of(at, at.input_shape(1))?;
+        let (dy, z, g, dz) = (at.input(0).into(), at.input(1), at.input(2), at.output(0));
+        if in_full(g, z) {
+            let (z, g, dz) = (z.into(), g.into(), dz.into());
+            at.launch(
+                grid,
+                &BceLabelGradientKernel {
+                    dy,
+                    z,
+                    g,
+                    dz,
+                    len,
+                    pieces,
+                },
+            )
+        } else {
+            let (z, g, dz) = (z.into(), g.into(), dz.into());
+            at.launch(
+                grid,
+                &BceGradientKernel {
+                    dy,
+                    z,
+                    g,
+                    dz,
+                    len,
+                    pieces,
+                },
+            )
+        }
+    }
+}
+
+kernel! {
+    struct BceGradientKernel = "bce_gradient" {
+        dy: Full, z: Stored, g: Stored, dz: Stored, len: i32, pieces: i32
+    }
+}
+kernel! {
+    struct BceLabelGradientKernel = "bce_label_gradient" {
+        dy: Full, z: Stored, g: Full, dz: Stored, len: i32, pieces: i32
     }
 }
 
@@ -305,6 +462,46 @@ impl Op for SoftDice {
         }
         Ok(())
     }
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_dice_sums(at, 0)?;
+        let shape = at.input_shape(0);
+        let arguments = SoftDiceKernel {
+            partial: at.scratch().into(),
+            y: at.output(0).into(),
+            pieces: Pieces::of(at, shape)?.pieces,
+        };
+        at.launch(warp_per_image(shape), &arguments)
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        Pieces::bytes(inputs[0], 2)
+    }
+}
+
+kernel! {
+    struct DiceSums = "dice_sums" { a: Stored, b: Stored, partial: Full, len: i32, pieces: i32 }
+}
+kernel! {
+    struct SoftDiceKernel = "soft_dice" { partial: Full, y: Full, pieces: i32 }
+}
+
+/// The sums over the pieces of the masks that are inputs `first` and following.
+fn launch_dice_sums(at: &mut Launches<'_>, first: usize) -> Result<()> {
+    let Pieces { len, pieces, grid } = Pieces::of(at, at.input_shape(first))?;
+    let (a, b) = (at.input(first).into(), at.input(first + 1).into());
+    let partial = at.scratch().into();
+    at.launch(
+        grid,
+        &DiceSums {
+            a,
+            b,
+            partial,
+            len,
+            pieces,
+        },
+    )
 }
 
 /// `dm = dy·(q − 2g)/(Σm + Σg + 1)` with `q = (2Σmg + 1)/(Σm + Σg + 1)`; inputs `dy`, `m`, `g`. The loss is
@@ -346,6 +543,31 @@ impl Op for SoftDiceGradient {
     }
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         2 * inputs[1].n * (1 + pieces(inputs[1]))
+    }
+    fn narrow(&self, _: usize, inputs: &[bool]) -> bool {
+        inputs[1]
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        launch_dice_sums(at, 1)?;
+        let Pieces { len, pieces, grid } = Pieces::of(at, at.input_shape(1))?;
+        let arguments = DiceGradientKernel {
+            dy: at.input(0).into(),
+            g: at.input(2).into(),
+            partial: at.scratch().into(),
+            dm: at.output(0).into(),
+            len,
+            pieces,
+        };
+        at.launch(grid, &arguments)
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        Pieces::bytes(inputs[1], 2)
+    }
+}
+
+kernel! {
+    struct DiceGradientKernel = "dice_gradient" {
+        dy: Full, g: Stored, partial: Full, dm: Stored, len: i32, pieces: i32
     }
 }
 
@@ -392,6 +614,33 @@ impl Op for Mse {
         }
         Ok(())
     }
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let shape = at.input_shape(0);
+        let Pieces { len, pieces, grid } = Pieces::of(at, shape)?;
+        let (a, b) = (at.input(0).into(), at.input(1).into());
+        let partial = at.scratch().into();
+        at.launch(
+            grid,
+            &MseSums {
+                a,
+                b,
+                partial,
+                len,
+                pieces,
+            },
+        )?;
+        launch_means(at, shape)
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        Pieces::bytes(inputs[0], 1)
+    }
+}
+
+kernel! {
+    struct MseSums = "mse_sums" { a: Stored, b: Stored, partial: Full, len: i32, pieces: i32 }
 }
 
 /// `da = dy·2(a − b)/len`; inputs `dy`, `a`, `b`.
@@ -424,6 +673,27 @@ impl Op for MseGradient {
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         2 * inputs[1].len() as u64
     }
+    fn narrow(&self, _: usize, inputs: &[bool]) -> bool {
+        inputs[1]
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let Pieces { len, pieces, grid } = Pieces::of(at, at.input_shape(1))?;
+        let arguments = MseGradientKernel {
+            dy: at.input(0).into(),
+            a: at.input(1).into(),
+            b: at.input(2).into(),
+            da: at.output(0).into(),
+            len,
+            pieces,
+        };
+        at.launch(grid, &arguments)
+    }
+}
+
+kernel! {
+    struct MseGradientKernel = "mse_gradient" {
+        dy: Full, a: Stored, b: Stored, da: Stored, len: i32, pieces: i32
+    }
 }
 
 /// `Σwv / Σw`, a scalar, of values `v` (input 0) and constant weights `w ≥ 0` (input 1) per image, both
@@ -433,7 +703,7 @@ impl Op for MseGradient {
 pub struct WeightedMean;
 
 /// `1/Σw`, or 0 if there is no weight.
-fn inverse_weight<T: Real>(w: &[T]) -> f64 {
+pub(super) fn inverse_weight<T: Real>(w: &[T]) -> f64 {
     let sum: f64 = w.iter().map(|w| w.wide()).sum();
     if sum > 0.0 { 1.0 / sum } else { 0.0 }
 }
@@ -452,6 +722,7 @@ impl Op for WeightedMean {
         "weighted_mean"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        not_empty(self.name(), inputs[0])?;
         let expected = Shape::per_image(inputs[0].n, 1);
         match inputs.iter().find(|&&s| s != expected) {
             Some(other) => {
@@ -471,6 +742,19 @@ impl Op for WeightedMean {
         }
         Ok(())
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let arguments = WeightedMeanKernel {
+            v: at.input(0).into(),
+            w: at.input(1).into(),
+            y: at.output(0).into(),
+            n: at.int(at.input_shape(0).n)?,
+        };
+        at.launch(Grid::new(1, THREADS), &arguments)
+    }
+}
+
+kernel! {
+    struct WeightedMeanKernel = "weighted_mean" { v: Full, w: Full, y: Full, n: i32 }
 }
 
 /// `dv = dy·w/Σw`; inputs `dy`, `w`.
@@ -496,6 +780,21 @@ impl Op for WeightedMeanGradient {
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         2 * inputs[1].len() as u64
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let arguments = WeightedMeanGradientKernel {
+            dy: at.input(0).into(),
+            w: at.input(1).into(),
+            dv: at.output(0).into(),
+            n: at.int(at.input_shape(1).n)?,
+        };
+        at.launch(Grid::new(1, THREADS), &arguments)
+    }
+}
+
+kernel! {
+    struct WeightedMeanGradientKernel = "weighted_mean_gradient" {
+        dy: Full, w: Full, dv: Full, n: i32
     }
 }
 

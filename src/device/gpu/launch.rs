@@ -248,6 +248,17 @@ impl Launches<'_> {
         self.pointer(self.step.scratch)
     }
 
+    /// A number of elements as a kernel's `int`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it is too large.
+    pub fn int(&self, x: usize) -> Result<i32> {
+        i32::try_from(x).map_err(|_| {
+            let problem = format!("expected at most {} elements, found {x}", i32::MAX);
+            Error::shape(self.step.op.name(), problem)
+        })
+    }
+
     /// Memory that keeps `words` for all replays, such as a table of addresses.
     ///
     /// # Errors
