@@ -10,8 +10,9 @@
 // centre in f64 (20 operations for 16 or 32 pixels) and to the mask's centroid when the image's sums are
 // complete. In f32 about the centre a lesion of radius 5 near the edge would lose its variance.
 //
-// Bytes a pixel in f32: sums 4, gradients 8. Instructions a pixel: moments 10, their gradient 8, perimeter
-// 30, its gradient 45 (the patch's margin included): the perimeter's are bound by arithmetic.
+// Bytes a pixel in f32: sums 4, gradients 8. Instructions a pixel, counted in the machine code of sm_90a: moments
+// 22 (half of them to add up a block), their gradient 15, perimeter 30, its gradient 45 (the patch's margin
+// included). At 48 for 8 bytes (kernels/losses.cu) perimeters are bound by arithmetic, moments by both alike.
 #include "device.cuh"
 #include "shape.cuh"
 
@@ -406,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     double sums[5] = {};
     for (int image = static_cast<int>(threadIdx.x); image < n; image += kThreads) {
         const ShapeFeatures z = prior.standardise(load_features(features, image));
-        const Sigmoid phi = prior.phi(z);
+        const Logistic phi = prior.phi(z);
         const double eta = dphi[image] * phi.positive * phi.negative;
         const ShapeFeatures d = prior.features_gradient(eta);
 #pragma unroll

@@ -60,7 +60,9 @@ struct Piece {
         image = static_cast<int>(blockIdx.x) / pieces;
         piece = static_cast<int>(blockIdx.x) % pieces;
         count = min(len - piece * kPiece, kPiece);
-        start = static_cast<size_t>(image) * len + static_cast<size_t>(piece) * kPiece;
+        // Unsigned: sums of sign-extended offsets keep nvcc from storing whole vectors.
+        start = static_cast<size_t>(image) * static_cast<unsigned>(len) +
+                static_cast<unsigned>(piece * kPiece);
     }
 };
 
@@ -80,14 +82,25 @@ __device__ __forceinline__ void piece_sums(const T* a, const G* b, double* parti
     int done = 0;
     if (is_aligned<sizeof(T) * n>(a) && is_aligned<sizeof(G) * n>(b)) {
         done = at.count / n * n;
-#pragma unroll 4
-        for (int i = static_cast<int>(threadIdx.x) * n; i < done; i += kThreads * n) {
-            const Vector<T, n> x = *reinterpret_cast<const Vector<T, n>*>(a + i);
-            const Vector<G, n> y = *reinterpret_cast<const Vector<G, n>*>(b + i);
+        constexpr int kVectors = kPiece / (kThreads * n);
+        Vector<T, n> x[kVectors];
+        Vector<G, n> y[kVectors];
+        // All of a thread's loads are under way before the first is used.
 #pragma unroll
-            for (int k = 0; k < n; ++k) term(sums, to_float(x.at[k]), to_float(y.at[k]));
+        for (int v = 0; v < kVectors; ++v) {
+            const int i = (v * kThreads + static_cast<int>(threadIdx.x)) * n;
+            if (i >= done) continue;
+            x[v] = *reinterpret_cast<const Vector<T, n>*>(a + i);
+            y[v] = *reinterpret_cast<const Vector<G, n>*>(b + i);
+        }
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            if ((v * kThreads + static_cast<int>(threadIdx.x)) * n >= done) continue;
+#pragma unroll
+            for (int k = 0; k < n; ++k) term(sums, to_float(x[v].at[k]), to_float(y[v].at[k]));
         }
     }
+#pragma unroll 1
     for (int i = done + static_cast<int>(threadIdx.x); i < at.count; i += kThreads) {
         term(sums, to_float(a[i]), to_float(b[i]));
     }
@@ -108,8 +121,7 @@ __device__ __forceinline__ double image_sum(const double* partial, int image, in
 
 // y[i] = f(a[i], b[i]) over a piece. y is neither a nor b.
 template <class T, class G, class F>
-__device__ __forceinline__ void spread(const Piece& at, const T* __restrict__ a, const G* __restrict__ b,
-                                       T* __restrict__ y, F f) {
+__device__ __forceinline__ void spread(const Piece& at, const T* a, const G* b, T* y, F f) {
     constexpr int n = kWidth<T, G>;
     a += at.start;
     b += at.start;
@@ -117,15 +129,28 @@ __device__ __forceinline__ void spread(const Piece& at, const T* __restrict__ a,
     int done = 0;
     if (is_aligned<sizeof(T) * n>(a) && is_aligned<sizeof(G) * n>(b) && is_aligned<sizeof(T) * n>(y)) {
         done = at.count / n * n;
-#pragma unroll 4
-        for (int i = static_cast<int>(threadIdx.x) * n; i < done; i += kThreads * n) {
-            Vector<T, n> x = *reinterpret_cast<const Vector<T, n>*>(a + i);
-            const Vector<G, n> g = *reinterpret_cast<const Vector<G, n>*>(b + i);
+        constexpr int kVectors = kPiece / (kThreads * n);
+        Vector<T, n> x[kVectors];
+        Vector<G, n> g[kVectors];
 #pragma unroll
-            for (int k = 0; k < n; ++k) x.at[k] = from_float<T>(f(to_float(x.at[k]), to_float(g.at[k])));
-            *reinterpret_cast<Vector<T, n>*>(y + i) = x;
+        for (int v = 0; v < kVectors; ++v) {
+            const int i = (v * kThreads + static_cast<int>(threadIdx.x)) * n;
+            if (i >= done) continue;
+            x[v] = *reinterpret_cast<const Vector<T, n>*>(a + i);
+            g[v] = *reinterpret_cast<const Vector<G, n>*>(b + i);
+        }
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int i = (v * kThreads + static_cast<int>(threadIdx.x)) * n;
+            if (i >= done) continue;
+#pragma unroll
+            for (int k = 0; k < n; ++k) {
+                x[v].at[k] = from_float<T>(f(to_float(x[v].at[k]), to_float(g[v].at[k])));
+            }
+            *reinterpret_cast<Vector<T, n>*>(y + i) = x[v];
         }
     }
+#pragma unroll 1
     for (int i = done + static_cast<int>(threadIdx.x); i < at.count; i += kThreads) {
         y[i] = from_float<T>(f(to_float(a[i]), to_float(b[i])));
     }
@@ -171,10 +196,8 @@ __device__ __forceinline__ void bce_gradient(const float* dy, const T* z, const 
     const Piece at(len, pieces);
     const float scale = dy[at.image] / static_cast<float>(len);
     spread(at, z, g, dz, [scale](float z, float g) {
-        const float e = __expf(-fabsf(z));
-        const float large = __fdividef(1.0f, 1.0f + e), small = e * large;
-        const float s = z < 0.0f ? small : large, t = z < 0.0f ? large : small;
-        return scale * (s * (1.0f - g) - t * g);
+        const Sigmoid p = sigmoid(z);
+        return scale * (p.value * (1.0f - g) - p.complement * g);
     });
 }
 

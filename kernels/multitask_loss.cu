@@ -24,11 +24,12 @@ __device__ __forceinline__ double inverse(double x) { return x > 0.0 ? 1.0 / x :
 // `malignancy` no classification, without `prior_weight` no consistency. `by_classification` and
 // `by_consistency` are the terms' weights λ; with `stop_p` consistency moves the classifier not, with
 // `stop_mask` the mask not. Outputs: the total, the terms before λ (null for absent ones), and the
-// gradients of the total: `dmean` of both cross-entropy and Dice loss. Images of weight 0 count in nothing
-// and receive exactly zero; so do moments and perimeters of images without a measurable lesion. One block.
+// gradients of the total, times `dtotal` unless that is null: `dmean` of both cross-entropy and Dice loss.
+// Images of weight 0 count in nothing and receive exactly zero; so do moments and perimeters of images
+// without a measurable lesion. One block.
 template <class T>
 __device__ __forceinline__ void multitask_loss(
-    const float* cross_entropy, const float* dice, const float* moments, const float* perimeters,
+    const float* dtotal, const float* cross_entropy, const float* dice, const float* moments, const float* perimeters,
     const float* weight, const T* malignancy, const float* label, const float* class_weight,
     const float* prior_weight, const float* prior_bias, const float* prior_mean, const float* prior_sd,
     const float* control, int n, double by_classification, double by_consistency, int stop_p,
@@ -41,6 +42,7 @@ __device__ __forceinline__ void multitask_loss(
     SHARED(double, totals, kSums);
     const bool masks = cross_entropy != nullptr, classes = malignancy != nullptr;
     const bool tied = prior_weight != nullptr;
+    const double seed = dtotal != nullptr ? dtotal[0] : 1.0;
 
     double weights[kShared] = {};  // of masks, of classes, number of measurable lesions
     for (int image = static_cast<int>(threadIdx.x); image < n; image += kThreads) {
@@ -68,26 +70,26 @@ __device__ __forceinline__ void multitask_loss(
                 sums[0] += w * per_weight * cross_entropy[image];
                 sums[1] += w * per_weight * dice[image];
             }
-            dmean[image] = static_cast<float>(w * per_weight);
+            dmean[image] = static_cast<float>(w * per_weight * seed);
         }
         double dlogit = 0.0;
         if (classes && class_weight[image] != 0.0f) {
             const double w = class_weight[image] * per_class_weight;
             const double z = to_float(malignancy[image]), g = label[image];
-            const Sigmoid p(z);
+            const Logistic p(z);
             sums[2] += w * ((z < 0.0 ? 0.0 : z) - z * g + log1p(exp(-fabs(z))));
-            dlogit = by_classification * w * (p.positive * (1.0 - g) - p.negative * g);
+            dlogit = seed * by_classification * w * (p.positive * (1.0 - g) - p.negative * g);
         }
         MaskSums dsums = {};
         if (tied && weight[image] > 0.0f) {
             const MaskSums m = load_sums(moments, perimeters, image);
             if (is_measurable(m.area)) {
                 const ShapeFeatures z = prior.standardise(features_of(m));
-                const Sigmoid phi = prior.phi(z), p(to_float(malignancy[image]));
+                const Logistic phi = prior.phi(z), p(to_float(malignancy[image]));
                 const double difference = p.positive - phi.positive;
                 const double factor = per_lesion * weight[image] * confidence(m);
                 sums[3] += factor * difference * difference;
-                const double slope = by_consistency * 2.0 * factor * difference;
+                const double slope = seed * by_consistency * 2.0 * factor * difference;
                 if (!stop_p) dlogit += slope * p.positive * p.negative;
                 const double eta = -slope * phi.positive * phi.negative;
 #pragma unroll
@@ -119,32 +121,22 @@ __device__ __forceinline__ void multitask_loss(
     }
 }
 
+// Bounded for one block a multiprocessor: there is one in all, and its registers are its batch.
 #define MULTITASK_LOSS(T, suffix)                                                                \
-    extern "C" __global__ void __launch_bounds__(kThreads) multitask_loss_##suffix(              \
-        const float* cross_entropy, const float* dice, const float* moments,                     \
-        const float* perimeters, const float* weight, const T* malignancy, const float* label,   \
-        const float* class_weight, const float* prior_weight, const float* prior_bias,           \
-        const float* prior_mean, const float* prior_sd, const float* control, int n,             \
-        double by_classification, double by_consistency, int stop_p, int stop_mask,              \
-        float* total, float* mean_cross_entropy, float* mean_dice, float* classification,        \
-        float* consistency, float* dmean, float* dmoments, float* dperimeters, T* dmalignancy,   \
-        float* dweight, float* dbias) {                                                          \
-        multitask_loss(cross_entropy, dice, moments, perimeters, weight, malignancy, label,      \
-                       class_weight, prior_weight, prior_bias, prior_mean, prior_sd, control, n, \
-                       by_classification, by_consistency, stop_p, stop_mask, total,              \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1) multitask_loss_##suffix(           \
+        const float* dtotal, const float* cross_entropy, const float* dice,                      \
+        const float* moments, const float* perimeters, const float* weight, const T* malignancy, \
+        const float* label, const float* class_weight, const float* prior_weight,                \
+        const float* prior_bias, const float* prior_mean, const float* prior_sd,                 \
+        const float* control, int n, double by_classification, double by_consistency,            \
+        int stop_p, int stop_mask, float* total, float* mean_cross_entropy, float* mean_dice,    \
+        float* classification, float* consistency, float* dmean, float* dmoments,                \
+        float* dperimeters, T* dmalignancy, float* dweight, float* dbias) {                      \
+        multitask_loss(dtotal, cross_entropy, dice, moments, perimeters, weight, malignancy,     \
+                       label, class_weight, prior_weight, prior_bias, prior_mean, prior_sd,      \
+                       control, n, by_classification, by_consistency, stop_p, stop_mask, total,  \
                        mean_cross_entropy, mean_dice, classification, consistency, dmean,        \
                        dmoments, dperimeters, dmalignancy, dweight, dbias);                      \
     }
 MULTITASK_LOSS(float, f32)
 MULTITASK_LOSS(bf16, bf16)
-
-// y = factor[0]·x over n elements: a gradient of the total, for another gradient of the total than 1.
-// ceil(n / kThreads) blocks.
-#define MULTITASK_LOSS_GRADIENT(T, suffix)                                                       \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
-        multitask_loss_gradient_##suffix(const float* factor, const T* x, T* y, int n) {         \
-        const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);                     \
-        if (i < n) y[i] = from_float<T>(factor[0] * to_float(x[i]));                             \
-    }
-MULTITASK_LOSS_GRADIENT(float, f32)
-MULTITASK_LOSS_GRADIENT(bf16, bf16)

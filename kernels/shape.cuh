@@ -114,10 +114,10 @@ __device__ __forceinline__ MaskSums features_gradient(const MaskSums& m, const S
 }
 
 // σ(x) and σ(−x), each to full relative accuracy.
-struct Sigmoid {
+struct Logistic {
     double positive, negative;
 
-    __device__ __forceinline__ explicit Sigmoid(double x) {
+    __device__ __forceinline__ explicit Logistic(double x) {
         double e = exp(-fabs(x));
         double large = 1.0 / (1.0 + e), small = e * large;
         positive = x < 0.0 ? small : large;
@@ -136,11 +136,11 @@ struct Prior {
         return z;
     }
 
-    __device__ __forceinline__ Sigmoid phi(const ShapeFeatures& z) const {
+    __device__ __forceinline__ Logistic phi(const ShapeFeatures& z) const {
         double eta = bias[0];
 #pragma unroll
         for (int k = 0; k < 4; ++k) eta += z.at[k] * weight[k];
-        return Sigmoid(eta);
+        return Logistic(eta);
     }
 
     // The gradient of eta·(b + Σ wₖ zₖ) with respect to the features.

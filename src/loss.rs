@@ -15,12 +15,8 @@
 use crate::error::Result;
 use crate::features;
 use crate::nn::Logits;
-use crate::ops::consistency::Consistency;
-use crate::ops::losses::{BceWithLogits, WeightedMean};
 use crate::ops::mask_head::MaskHead;
-use crate::ops::pointwise::{Add, Scale, Sigmoid, StopGradient};
-use crate::ops::prior;
-use crate::ops::shape_features::ShapeFeatures;
+use crate::ops::multitask_loss::{self, MultitaskLoss};
 use crate::tape::{Tape, Var};
 use crate::tensor::{Real, Shape};
 
@@ -141,43 +137,47 @@ impl Terms {
         logits: &Logits,
         targets: &Targets,
     ) -> Result<Self> {
-        let mut parts = Vec::new();
-        let (mut cross_entropy, mut dice, mut sums) = (None, None, None);
+        let mut inputs = Vec::new();
         if let Some(mask) = logits.mask {
             let head = MaskHead {
                 sharpness: loss.kappa,
             };
             let head = tape.push_all(head, &[mask, targets.masks])?;
-            let mean = |tape: &mut Tape, v| tape.push(WeightedMean, &[v, targets.weights]);
-            cross_entropy = Some(mean(tape, head[0])?);
-            dice = Some(mean(tape, head[1])?);
-            sums = Some((head[3], head[4]));
-            parts.extend(cross_entropy.into_iter().chain(dice));
+            inputs.extend([head[0], head[1], head[3], head[4], targets.weights]);
         }
-        let mut classification = None;
         if let Some(malignancy) = logits.malignancy {
-            let each = tape.push(BceWithLogits, &[malignancy, targets.labels])?;
-            let mean = tape.push(WeightedMean, &[each, targets.class_weights])?;
-            classification = Some(mean);
-            parts.push(scaled(tape, mean, loss.classification)?);
+            inputs.extend([malignancy, targets.labels, targets.class_weights]);
         }
-        let mut consistency = None;
-        if let (Some(tie), Some(malignancy), Some(sums)) = (&loss.tie, logits.malignancy, sums) {
-            let term = tie.record(tape, malignancy, sums, targets)?;
-            consistency = Some(term);
-            parts.push(scaled(tape, term, tie.weight)?);
+        let tie = loss
+            .tie
+            .filter(|_| logits.mask.is_some() && logits.malignancy.is_some());
+        if let Some(Tie { prior, .. }) = tie {
+            let Prior {
+                weight,
+                bias,
+                mean,
+                sd,
+            } = prior;
+            inputs.extend([weight, bias, mean, sd, targets.control]);
         }
-        let mut parts_left = parts.into_iter();
-        let first = parts_left
-            .next()
-            .ok_or_else(|| crate::Error::shape("loss", "expected logits, found none"))?;
-        let total = parts_left.try_fold(first, |sum, part| tape.push(Add, &[sum, part]))?;
+        let op = MultitaskLoss {
+            mask: logits.mask.is_some(),
+            classification: logits.malignancy.map(|_| loss.classification),
+            consistency: tie.map(|tie| multitask_loss::Tie {
+                weight: tie.weight,
+                stop_classifier: tie.stop_classifier,
+                stop_mask: tie.stop_mask,
+            }),
+        };
+        let outputs = tape.push_all(op, &inputs)?;
+        let (total, mut terms) = (outputs[0], outputs[1..].iter().copied());
+        let mut term = |present: bool| if present { terms.next() } else { None };
         let terms = Self {
             total,
-            cross_entropy,
-            dice,
-            classification,
-            consistency,
+            cross_entropy: term(op.mask),
+            dice: term(op.mask),
+            classification: term(op.classification.is_some()),
+            consistency: term(op.consistency.is_some()),
         };
         terms
             .each()
@@ -197,39 +197,4 @@ impl Terms {
             self.consistency,
         ]
     }
-}
-
-impl Tie {
-    fn record(
-        &self,
-        tape: &mut Tape,
-        malignancy: Var,
-        (mut moments, mut perimeter): (Var, Var),
-        targets: &Targets,
-    ) -> Result<Var> {
-        if self.stop_mask {
-            moments = tape.push(StopGradient, &[moments])?;
-            perimeter = tape.push(StopGradient, &[perimeter])?;
-        }
-        let shape = tape.push_all(ShapeFeatures, &[moments, perimeter])?;
-        let (features, measurable, confidence) = (shape[0], shape[1], shape[2]);
-        let Prior {
-            weight,
-            bias,
-            mean,
-            sd,
-        } = self.prior;
-        let phi = tape.push(prior::Prior, &[features, weight, bias, mean, sd])?;
-        let p = tape.push(Sigmoid, &[malignancy])?;
-        let op = Consistency {
-            stop_p: self.stop_classifier,
-            stop_phi: false,
-        };
-        let (weights, control) = (targets.weights, targets.control);
-        tape.push(op, &[p, phi, measurable, confidence, weights, control])
-    }
-}
-
-fn scaled(tape: &mut Tape, x: Var, factor: f64) -> Result<Var> {
-    tape.push(Scale { factor }, &[x])
 }

@@ -92,17 +92,106 @@ fn check_values<T: Real>() -> Vec<(&'static str, Vec<T>, [f64; 6])> {
 }
 
 fn assert_check_values<T: Real>() {
-    for (name, mask, [area, perimeter, features @ ..]) in check_values::<T>() {
+    for (name, mask, expected) in check_values::<T>() {
         let sums = MaskSums::of(&mask, SIZE);
-        let close = |what: &str, found: f64, expected: f64, digit: f64| {
-            let within = (found - expected).abs() <= 0.5 * digit + 1e-9;
-            assert!(within, "{what} of the {name}: {found}, expected {expected}");
-        };
-        close("area", sums.moments.area, area, 1e-9);
-        close("perimeter", sums.perimeter, perimeter, 0.01);
-        let found = sums.features().expect("measurable").to_array();
-        for ((what, found), expected) in ShapeFeatures::NAMES.iter().zip(found).zip(features) {
-            close(what, found, expected, 1e-4);
+        let features = sums.features().expect("measurable").to_array();
+        assert_measured(
+            name,
+            &[sums.moments.area, sums.perimeter],
+            &features,
+            expected,
+        );
+    }
+}
+
+/// Area and perimeter (if there), and features, to the digits of the table.
+fn assert_measured(name: &str, sums: &[f64], features: &[f64], expected: [f64; 6]) {
+    let close = |what: &str, found: f64, expected: f64, digit: f64| {
+        let within = (found - expected).abs() <= 0.5 * digit + 1e-9;
+        assert!(within, "{what} of the {name}: {found}, expected {expected}");
+    };
+    let [area, perimeter, of_shape @ ..] = expected;
+    for (what, found, expected, digit) in [
+        ("area", sums.first(), area, 1e-9),
+        ("perimeter", sums.get(1), perimeter, 0.01),
+    ] {
+        found.inspect(|found| close(what, **found, expected, digit));
+    }
+    for ((what, found), expected) in ShapeFeatures::NAMES.iter().zip(features).zip(of_shape) {
+        close(what, *found, expected, 1e-4);
+    }
+}
+
+/// The table through the kernels for GPUs, one operation each, and through the multitask loss: with means
+/// 0 and standard deviations 1, features are the gradient of the prior's weights over that of its
+/// bias.
+#[test]
+#[cfg(feature = "emulator")]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
+fn check_values_on_the_emulator() {
+    use echograd::device::gpu::{self, Gpu};
+    use echograd::ops::control;
+    use echograd::ops::multitask_loss::{MultitaskLoss, Tie};
+    use echograd::tape::Options;
+
+    let mut tape = Tape::new();
+    let mask = tape.input("mask", Shape::new(1, SIZE, SIZE, 1));
+    tape.narrow(mask);
+    let moments = tape.push(Moments, &[mask]).expect("fits");
+    let perimeter = tape.push(Perimeter, &[mask]).expect("fits");
+    let shape = tape
+        .push_all(shape_features::ShapeFeatures, &[moments, perimeter])
+        .expect("fits");
+    let (one, vector) = (Shape::SCALAR, Shape::per_channel(4));
+    let zero = tape.input("zero", one);
+    let ones = tape.input("one", one);
+    let zeros = tape.input("zeros", vector);
+    let [weight, sd] = ["weight", "sd"].map(|name| tape.input(name, vector));
+    let bias = tape.input("bias", one);
+    let ramp = tape.input("control", Shape::per_channel(control::LEN));
+    let op = MultitaskLoss {
+        mask: true,
+        classification: Some(1.0),
+        consistency: Some(Tie {
+            weight: 1.0,
+            stop_classifier: false,
+            stop_mask: false,
+        }),
+    };
+    let inputs = [
+        zero, zero, moments, perimeter, ones, zero, zero, ones, weight, bias, zeros, sd, ramp,
+    ];
+    let total = tape.push_all(op, &inputs).expect("fits")[0];
+    let gradients = tape
+        .backward(total, &[weight, bias])
+        .expect("differentiable");
+    let gradients = [0, 1].map(|k| gradients[k].expect("the prior learns"));
+    let kept = [moments, perimeter, shape[0]].into_iter().chain(gradients);
+    kept.for_each(|v| tape.keep(v));
+    let gpu = Gpu::emulator().expect("built");
+    for narrow in [false, true] {
+        let plan = Plan::new(&tape, Options::gpu(narrow)).expect("small");
+        let mut session = gpu::Session::new(&gpu, plan).expect("all kernels are there");
+        session.write(ones, &[1.0]).expect("fits");
+        session.write(weight, &[1.0; 4]).expect("fits");
+        session.write(sd, &[1.0; 4]).expect("fits");
+        session.write(ramp, &[1.0; control::LEN]).expect("fits");
+        for (name, pixels, expected) in check_values::<f32>() {
+            session.write(mask, &pixels).expect("fits");
+            session.run().expect("no kernel fails");
+            let read = |var| -> Vec<f64> {
+                let values = session.read(var).expect("kept");
+                values.into_iter().map(f64::from).collect()
+            };
+            let sums = [read(moments)[0], read(perimeter)[0]];
+            assert_measured(name, &sums, &read(shape[0]), expected);
+            let (dweight, dbias) = (read(gradients[0]), read(gradients[1])[0]);
+            if name == "half" {
+                assert!(dbias == 0.0, "an undecided mask has no shape to agree with");
+            } else {
+                let features: Vec<f64> = dweight.iter().map(|d| d / dbias).collect();
+                assert_measured(name, &[], &features, expected);
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use echograd::device::cpu::{Element, Session};
 use echograd::device::philox::Philox;
-use echograd::features::Prior;
+use echograd::features::{MaskSums, Moments, Prior};
 use echograd::ops::control;
 use echograd::optim::{AdamW, Rule};
 use echograd::tape::{Kind, Options, Plan, Tape, Var};
@@ -408,14 +408,39 @@ fn the_gradient_of_the_whole_model_agrees_with_finite_differences() {
     };
     let relus: Vec<Var> = named("batch_norm").iter().map(|s| s.outputs[0]).collect();
     let pools: Vec<Var> = named("max_pool2d").iter().map(|s| s.inputs[0]).collect();
-    let tie = named("consistency")[0].inputs.clone();
+    let tie = named("multitask_loss")[0].inputs.clone();
     assert_eq!((relus.len(), pools.len()), (6, 1));
-    let (p, phi, measurable, confidence) = (tie[0], tie[1], tie[2], tie[3]);
+    let (moments, perimeter, logit) = (tie[2], tie[3], tie[5]);
     relus
         .iter()
         .chain(&pools)
-        .chain(&tie[..4])
+        .chain(&[moments, perimeter, logit])
         .for_each(|&v| step.tape.keep(v));
+    // Confidence, p̂ and φ of each measurable image.
+    let place = step.prior.unwrap();
+    let lesions = move |session: &Session<f64>| -> Vec<Option<[f64; 3]>> {
+        let array = |var: Var| std::array::from_fn(|k| session.read(var)[k]);
+        let prior = Prior {
+            weights: array(place.weight),
+            bias: session.read(place.bias)[0],
+            mean: array(place.mean),
+            sd: array(place.sd),
+        };
+        let moments = session.read(moments).chunks_exact(Moments::COUNT);
+        let images = moments
+            .zip(session.read(perimeter))
+            .zip(session.read(logit));
+        images
+            .map(|((moments, &perimeter), l)| {
+                let sums = MaskSums {
+                    moments: bytemuck::pod_read_unaligned(bytemuck::cast_slice(moments)),
+                    perimeter,
+                };
+                let phi = prior.phi(&sums.features()?);
+                Some([sums.confidence(), 1.0 / (1.0 + (-l).exp()), phi])
+            })
+            .collect()
+    };
 
     let mut small = Small::<f64>::with(step, &config);
     small.session.values_mut(small.step.targets.control)[control::LEARNING_RATE] = 0.0;
@@ -437,10 +462,10 @@ fn the_gradient_of_the_whole_model_agrees_with_finite_differences() {
             session.read(moment).iter().map(|m| m / 0.5).collect()
         })
         .collect();
-    let frozen = session.read(confidence).to_vec();
-    let counted = session.read(measurable)[..3].iter().sum::<f64>();
+    let frozen = lesions(&session);
+    let counted = frozen[..3].iter().flatten().count() as f64;
     assert!(
-        counted > 0.0 && frozen[..3].iter().any(|&c| c > 0.01),
+        frozen[..3].iter().flatten().any(|lesion| lesion[0] > 0.01),
         "{frozen:?}"
     );
 
@@ -448,9 +473,10 @@ fn the_gradient_of_the_whole_model_agrees_with_finite_differences() {
     let loss = |session: &mut Session<f64>| -> (f64, Vec<bool>) {
         session.run();
         let mut term = 0.0;
-        for (i, c) in frozen[..3].iter().enumerate() {
-            let difference = session.read(p)[i] - session.read(phi)[i];
-            term += 0.8 * c * difference * difference * session.read(measurable)[i];
+        for (frozen, lesion) in frozen[..3].iter().zip(lesions(session)) {
+            if let (Some([confidence, ..]), Some([_, p, phi])) = (frozen, lesion) {
+                term += 0.8 * confidence * (p - phi).powi(2);
+            }
         }
         let replaced = term / counted - session.read(consistency)[0];
         let loss = session.read(step.terms.total)[0] + config.loss.consistency * replaced;

@@ -2,6 +2,7 @@
 
 use super::{Kernel, Op, control};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, Stored, kernel};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::Backward;
@@ -19,6 +20,22 @@ pub struct Consistency {
     pub stop_p: bool,
     /// No gradient into `φ`: neither the mask nor the prior's weights are moved by the classifier.
     pub stop_phi: bool,
+}
+
+/// Threads of the one block in `kernels/features.cu`.
+const THREADS: u32 = 256;
+
+kernel! {
+    struct ConsistencyKernel = "consistency" {
+        p: Stored, phi: Full, measurable: Full, confidences: Full, weight: Full, control: Full,
+        y: Full, n: i32
+    }
+}
+kernel! {
+    struct ConsistencyGradientKernel = "consistency_gradient" {
+        dy: Full, p: Stored, phi: Full, measurable: Full, confidences: Full, weight: Full,
+        control: Full, dp: Stored, dphi: Full, n: i32
+    }
 }
 
 /// For each image the factor `ramp·weight·confidence / max(1, n)`, 0 where nothing is measurable, and
@@ -93,6 +110,22 @@ impl Op for Consistency {
         }
         Ok(())
     }
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let arguments = ConsistencyKernel {
+            p: at.input(0).into(),
+            phi: at.input(1).into(),
+            measurable: at.input(2).into(),
+            confidences: at.input(3).into(),
+            weight: at.input(4).into(),
+            control: at.input(5).into(),
+            y: at.output(0).into(),
+            n: at.int(at.input_shape(0).n)?,
+        };
+        at.launch(Grid::new(1, THREADS), &arguments)
+    }
 }
 
 /// Gradients of [`Consistency`] with respect to `p̂` and `φ`; inputs `dterm` and those of
@@ -122,6 +155,24 @@ impl Op for ConsistencyGradient {
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         6 * inputs[1].n as u64
     }
+    fn narrow(&self, output: usize, inputs: &[bool]) -> bool {
+        output == 0 && inputs[1]
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let arguments = ConsistencyGradientKernel {
+            dy: at.input(0).into(),
+            p: at.input(1).into(),
+            phi: at.input(2).into(),
+            measurable: at.input(3).into(),
+            confidences: at.input(4).into(),
+            weight: at.input(5).into(),
+            control: at.input(6).into(),
+            dp: at.output(0).into(),
+            dphi: at.output(1).into(),
+            n: at.int(at.input_shape(1).n)?,
+        };
+        at.launch(Grid::new(1, THREADS), &arguments)
+    }
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
@@ -143,6 +194,7 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(Consistency::default(), v)?])
     })
     .with("p", image, s.values(n, 0.0, 1.0))
+    .narrow()
     .with("φ", image, s.values(n, 0.0, 1.0))
     .with_constant("measurable", image, measurable)
     .with_constant("confidence", image, s.values(n, 0.0, 1.0))

@@ -804,19 +804,24 @@ const STEP: f64 = 1e-3;
 
 pub(super) fn bce_case(s: &mut Sampler) -> Case {
     let shape = s.shape();
-    Case::new(format!("{shape}"), |t, v| {
+    let case = Case::new(format!("{shape}"), |t, v| {
         Ok(vec![t.push(BceWithLogits, v)?])
     })
     .with("z", shape, s.values(shape.len(), -6.0, 6.0))
+    .narrow()
     .with_constant("g", shape, s.values(shape.len(), 0.0, 1.0))
-    .with_step(STEP)
+    .with_step(STEP);
+    // Masks are stored as the logits, labels in full.
+    if s.chance(0.5) { case.narrow() } else { case }
 }
 
 pub(super) fn soft_dice_case(s: &mut Sampler) -> Case {
     let shape = s.shape();
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(SoftDice, v)?]))
         .with("m", shape, s.values(shape.len(), 0.0, 1.0))
+        .narrow()
         .with("g", shape, s.values(shape.len(), 0.0, 1.0))
+        .narrow()
         .with_step(STEP)
 }
 
@@ -824,7 +829,9 @@ pub(super) fn mse_case(s: &mut Sampler) -> Case {
     let shape = s.shape();
     Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Mse, v)?]))
         .with("a", shape, s.values(shape.len(), -2.0, 2.0))
+        .narrow()
         .with("b", shape, s.values(shape.len(), -2.0, 2.0))
+        .narrow()
         .with_step(STEP)
 }
 

@@ -25,6 +25,7 @@ pub mod layer_norm;
 pub mod losses;
 pub mod mask_head;
 pub mod moments;
+pub mod multitask_loss;
 mod norm;
 pub mod perimeter;
 pub mod pointwise;
@@ -136,6 +137,11 @@ pub trait Op: Kernel<f32> + Kernel<f64> + Debug + Send + Sync {
         output == 0 && inputs.first() == Some(&true)
     }
 
+    /// The value of every element of output 0, if that is known when the operation is recorded.
+    fn constant(&self) -> Option<f64> {
+        None
+    }
+
     /// Records what a GPU launches for one application.
     ///
     /// # Errors
@@ -225,6 +231,11 @@ pub fn registry() -> Vec<Entry> {
             "mask_head",
             "cross-entropy, Dice, moments, perimeter of a mask's logits",
             mask_head::case,
+        ),
+        entry(
+            "multitask_loss",
+            "all terms of the loss from each image's values",
+            multitask_loss::case,
         ),
         entry(
             "batch_norm",

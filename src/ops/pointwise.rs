@@ -323,6 +323,9 @@ impl Op for Fill {
     fn flops(&self, _: &[Shape], _: &[Shape]) -> u64 {
         0
     }
+    fn constant(&self) -> Option<f64> {
+        Some(self.value)
+    }
     fn backward(&self, _: &mut Backward<'_>) -> Result<()> {
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, kernel};
 use crate::error::{Error, Result};
 use crate::features::{self, ShapeFeatures};
 use crate::gradcheck::{Case, Sampler};
@@ -12,6 +13,21 @@ use crate::tensor::{Real, Shape};
 /// `φ = σ(b + Σₖ wₖ(fₖ − μₖ)/sₖ)`, `N×1×1×1`. Means and standard deviations pass no gradient on.
 #[derive(Clone, Copy, Debug)]
 pub struct Prior;
+
+/// Threads of a block in `kernels/features.cu`.
+const THREADS: u32 = 256;
+
+kernel! {
+    struct PriorKernel = "prior" {
+        features: Full, weight: Full, bias: Full, mean: Full, sd: Full, phi: Full, n: i32
+    }
+}
+kernel! {
+    struct PriorGradientKernel = "prior_gradient" {
+        dphi: Full, features: Full, weight: Full, bias: Full, mean: Full, sd: Full,
+        dfeatures: Full, dweight: Full, dbias: Full, n: i32
+    }
+}
 
 fn array<T: Real>(values: &[T]) -> [f64; 4] {
     std::array::from_fn(|k| values[k].wide())
@@ -83,6 +99,19 @@ impl Op for Prior {
         }
         Ok(())
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let n = at.input_shape(0).n;
+        let arguments = PriorKernel {
+            features: at.input(0).into(),
+            weight: at.input(1).into(),
+            bias: at.input(2).into(),
+            mean: at.input(3).into(),
+            sd: at.input(4).into(),
+            phi: at.output(0).into(),
+            n: at.int(n)?,
+        };
+        at.launch(Grid::cover(n, THREADS), &arguments)
+    }
 }
 
 /// Gradient of [`Prior`] with respect to features, weights and bias; inputs `dφ` and those of
@@ -116,6 +145,22 @@ impl Op for PriorGradient {
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         40 * inputs[1].n as u64
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let arguments = PriorGradientKernel {
+            dphi: at.input(0).into(),
+            features: at.input(1).into(),
+            weight: at.input(2).into(),
+            bias: at.input(3).into(),
+            mean: at.input(4).into(),
+            sd: at.input(5).into(),
+            dfeatures: at.output(0).into(),
+            dweight: at.output(1).into(),
+            dbias: at.output(2).into(),
+            n: at.int(at.input_shape(0).n)?,
+        };
+        // One block, which adds what all images say of the weights.
+        at.launch(Grid::new(1, THREADS), &arguments)
     }
 }
 

@@ -2,11 +2,26 @@
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, kernel};
 use crate::error::{Error, Result};
 use crate::features::{self, MaskSums, Moments};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::Backward;
 use crate::tensor::{Real, Shape};
+
+/// Threads of a block in `kernels/features.cu`, one for each image.
+const THREADS: u32 = 256;
+
+kernel! {
+    struct ShapeFeaturesKernel = "shape_features" {
+        moments: Full, perimeters: Full, features: Full, measurable: Full, confidences: Full, n: i32
+    }
+}
+kernel! {
+    struct ShapeFeaturesGradientKernel = "shape_features_gradient" {
+        dfeatures: Full, moments: Full, perimeters: Full, dmoments: Full, dperimeters: Full, n: i32
+    }
+}
 
 /// Moments `N×1×1×7` and perimeter `N×1×1×1` to three outputs:
 ///
@@ -73,6 +88,18 @@ impl Op for ShapeFeatures {
         at.set(0, gradients[0])?;
         at.set(1, gradients[1])
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let n = at.input_shape(0).n;
+        let arguments = ShapeFeaturesKernel {
+            moments: at.input(0).into(),
+            perimeters: at.input(1).into(),
+            features: at.output(0).into(),
+            measurable: at.output(1).into(),
+            confidences: at.output(2).into(),
+            n: at.int(n)?,
+        };
+        at.launch(Grid::cover(n, THREADS), &arguments)
+    }
 }
 
 /// Gradient of [`ShapeFeatures`] with respect to moments and perimeter; inputs `dfeatures`,
@@ -107,13 +134,24 @@ impl Op for ShapeFeaturesGradient {
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         120 * inputs[0].n as u64
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let n = at.input_shape(0).n;
+        let arguments = ShapeFeaturesGradientKernel {
+            dfeatures: at.input(0).into(),
+            moments: at.input(1).into(),
+            perimeters: at.input(2).into(),
+            dmoments: at.output(0).into(),
+            dperimeters: at.output(1).into(),
+            n: at.int(n)?,
+        };
+        at.launch(Grid::cover(n, THREADS), &arguments)
+    }
 }
 
-pub(super) fn case(s: &mut Sampler) -> Case {
-    let n = s.size(1, 4);
+/// Moments and perimeters of `n` images, one in four below the gate, none near it.
+pub(super) fn draw_sums(s: &mut Sampler, n: usize) -> (Vec<f64>, Vec<f64>) {
     let (mut moments, mut perimeters) = (Vec::new(), Vec::new());
     for _ in 0..n {
-        // One image in four below the gate, none near it.
         let area = if s.chance(0.25) {
             s.uniform(1.0, 31.0)
         } else {
@@ -125,6 +163,12 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         moments.extend([area, area * s.uniform(0.3, 1.0), x, y, xx, yy, xy]);
         perimeters.push(s.uniform(10.0, 90.0));
     }
+    (moments, perimeters)
+}
+
+pub(super) fn case(s: &mut Sampler) -> Case {
+    let n = s.size(1, 4);
+    let (moments, perimeters) = draw_sums(s, n);
     let mut case = Case::new(format!("{n} images"), |t, v| {
         Ok(vec![t.push_all(ShapeFeatures, v)?[0]])
     })

@@ -405,6 +405,13 @@ impl Backward<'_> {
         }
     }
 
+    /// Whether a value is 1 throughout, as the gradient that reaches the loss itself is.
+    pub fn is_one(&self, var: Var) -> bool {
+        let mut steps = self.tape.steps.iter().rev();
+        let writer = steps.find(|step| step.outputs.contains(&var));
+        writer.is_some_and(|step| step.op.constant() == Some(1.0))
+    }
+
     /// Whether input `i` leads to something that is differentiated.
     pub fn wants(&self, i: usize) -> bool {
         self.wanted[i]
