@@ -2,7 +2,8 @@
 //! makes it fail.
 //!
 //! - `ECHOGRAD_DATA` (the folder that holds real data sets) becomes `cfg(echograd_data)`, so that
-//!   tests on real data show as ignored where there is none.
+//!   tests on real data show as ignored where there is none; `ECHOGRAD_NVRTC` (the run-time compiler)
+//!   likewise becomes `cfg(echograd_nvrtc)`.
 //! - With `--features emulator` and a C++ compiler, the CUDA kernels are built for the CPU and
 //!   `cfg(echograd_emulator)` is set.
 //! - With `--features cuda` they are embedded for the GPU: compiled if there is an nvcc, else as
@@ -38,6 +39,11 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(echograd_data)");
     if std::env::var_os("ECHOGRAD_DATA").is_some_and(|folder| !folder.is_empty()) {
         println!("cargo::rustc-cfg=echograd_data");
+    }
+    println!("cargo::rerun-if-env-changed=ECHOGRAD_NVRTC");
+    println!("cargo::rustc-check-cfg=cfg(echograd_nvrtc)");
+    if std::env::var_os("ECHOGRAD_NVRTC").is_some_and(|path| !path.is_empty()) {
+        println!("cargo::rustc-cfg=echograd_nvrtc");
     }
     println!("cargo::rustc-check-cfg=cfg(echograd_emulator)");
     println!("cargo::rustc-check-cfg=cfg(echograd_emulator_clang)");

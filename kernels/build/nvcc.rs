@@ -3,10 +3,15 @@
 //!
 //! nvcc is taken from `ECHOGRAD_NVCC` (a path; empty for none), `CUDA_HOME` or `PATH`.
 
+#[path = "../../src/device/nvcc.rs"]
+mod compiler;
+
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
+
+use compiler::Nvcc;
 
 /// GPUs that get machine code, as far as the compiler knows them; others translate the PTX.
 const ARCHITECTURES: [&str; 7] = ["75", "80", "86", "89", "90a", "100", "120"];
@@ -18,14 +23,20 @@ pub fn build(sources: &[PathBuf], headers: &[PathBuf]) {
     }
     println!("cargo::rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
-    let compiled = find().and_then(|nvcc| match fatbins(&nvcc, sources, &out) {
-        Ok(files) => Some(files),
-        Err(problem) => {
-            println!(
-                "cargo::warning={}: {problem}; the kernels' sources are embedded",
-                nvcc.display()
-            );
-            None
+    let compiled = Nvcc::find().and_then(|nvcc| {
+        let compiled = nvcc.and_then(|nvcc| {
+            let compiled = fatbins(&nvcc, sources, &out);
+            compiled.map_err(|problem| (nvcc.path, problem))
+        });
+        match compiled {
+            Ok(compiled) => Some(compiled),
+            Err((path, problem)) => {
+                println!(
+                    "cargo::warning={}: {problem}; the kernels' sources are embedded",
+                    path.display()
+                );
+                None
+            }
         }
     });
     let mut text = String::from("/// All modules, by name.\npub static MODULES: &[Module] = &[\n");
@@ -65,35 +76,10 @@ struct Compiled {
     architectures: Vec<&'static str>,
 }
 
-fn find() -> Option<PathBuf> {
-    if let Some(path) = env::var_os("ECHOGRAD_NVCC") {
-        return (!path.is_empty()).then(|| path.into());
-    }
-    let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    home.into_iter()
-        .chain(env::split_paths(&path))
-        .map(|folder| folder.join(if cfg!(windows) { "nvcc.exe" } else { "nvcc" }))
-        .find(|nvcc| nvcc.is_file())
-}
-
 /// Compiles each source, all at once.
-fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Compiled, String> {
-    let ask = |question: &str| {
-        let answer = Command::new(nvcc).arg(question).output();
-        let answer = answer.map_err(|e| e.to_string())?;
-        Ok::<_, String>(String::from_utf8_lossy(&answer.stdout).into_owned())
-    };
-    let version = version(&ask("--version")?).ok_or("tells no version")?;
-    let known = ask("--list-gpu-code")?;
-    let knows = |arch: &str| {
-        let base = format!("sm_{}", arch.trim_end_matches('a'));
-        known.lines().any(|line| line.trim() == base)
-    };
-    let architectures: Vec<&str> = ARCHITECTURES
-        .into_iter()
-        .filter(|arch| knows(arch))
-        .collect();
+fn fatbins(nvcc: &Nvcc, sources: &[PathBuf], out: &Path) -> Result<Compiled, String> {
+    let known = ARCHITECTURES.into_iter().filter(|arch| nvcc.knows(arch));
+    let architectures: Vec<&str> = known.collect();
     let mut children = Vec::new();
     for source in sources {
         let fatbin = out.join(
@@ -102,7 +88,7 @@ fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Compiled, Str
                 .file_name()
                 .expect("a .cu file"),
         );
-        let mut command = Command::new(nvcc);
+        let mut command = Command::new(&nvcc.path);
         command
             .args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-o"])
             .arg(&fatbin)
@@ -126,15 +112,7 @@ fn fatbins(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Compiled, Str
     }
     Ok(Compiled {
         files,
-        version,
+        version: nvcc.version,
         architectures,
     })
-}
-
-/// The version in "Cuda compilation tools, release 13.0, V13.0.88".
-fn version(text: &str) -> Option<(u32, u32)> {
-    let (_, rest) = text.split_once("release ")?;
-    let (major, rest) = rest.split_once('.')?;
-    let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
 }

@@ -20,6 +20,7 @@ macro_rules! note {
 
 pub mod data;
 pub mod demo;
+pub mod doctor;
 pub mod evaluate;
 pub mod features;
 pub mod gradcheck;
@@ -83,6 +84,7 @@ enum Command {
     Phantom(phantom::Args),
     Pack(pack::Args),
     Summary(summary::Args),
+    Doctor(doctor::Args),
     Gradcheck(gradcheck::Args),
     Profile(profile::Args),
 }
@@ -117,6 +119,7 @@ impl Cli {
             Command::Phantom(args) => args.run(),
             Command::Pack(args) => args.run(),
             Command::Summary(args) => args.run(),
+            Command::Doctor(args) => args.run(),
             Command::Gradcheck(args) => args.run(),
             Command::Profile(args) => args.run(),
         }

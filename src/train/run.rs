@@ -19,12 +19,14 @@ use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Targ
 use crate::data::split::{self, Fold};
 use crate::data::{self, Case, Example, Label, Source};
 use crate::device::cpu::Session;
+use crate::device::gpu;
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::features::{FitOptions, MaskSums, Prior, Start};
 use crate::metrics::classification::Auc;
 use crate::metrics::{DatasetMetrics, write_csv};
 use crate::ops::control;
+use crate::tape::{Options, Plan};
 
 /// Name of the file that says what a run was made from.
 pub const MANIFEST: &str = "manifest.json";
@@ -137,6 +139,7 @@ struct Row {
 /// [`Error::Interrupted`], after saving the state in the middle of the epoch.
 pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
     let config = configuration(args)?;
+    device(&config)?;
     let data = Data::open(&config, report, interrupt)?;
     let mut run = Run::new(args.out, config, data, report)?;
     if args.resume {
@@ -146,6 +149,19 @@ pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) 
     }
     run.epochs(interrupt)?;
     run.finish(interrupt)
+}
+
+/// Opens the device that the run is to use, with all that a training step needs of it.
+fn device(config: &Config) -> Result<()> {
+    let Some(gpu) = config.device.open()? else {
+        return Ok(());
+    };
+    let step = TrainingStep::record(config, config.arm.segments())?;
+    let plan = Plan::new(&step.tape, Options::gpu(false))?;
+    gpu::Session::new(&gpu, plan)?;
+    let found = format!("{:?}", config.device).to_lowercase();
+    let problem = format!("expected cpu, on which training runs so far, found {found}");
+    Err(Error::argument("device", problem))
 }
 
 fn configuration(args: &TrainArgs<'_>) -> Result<Config> {

@@ -201,7 +201,7 @@ impl Driver {
                 let (nvrtc, architecture) = match &mut kernels.nvrtc {
                     Some(found) => found,
                     none => {
-                        let nvrtc = Nvrtc::find(self.description.driver)?;
+                        let nvrtc = Nvrtc::find(Some(self.description.driver))?;
                         let architecture = nvrtc.architecture(self.description.capability)?;
                         none.insert((nvrtc, architecture))
                     }

@@ -174,6 +174,14 @@ impl Gpu {
         self.0.occupancy(&launch.function, &launch.grid)
     }
 
+    /// Loads a kernel, compiling it if this build has sources: whether kernels can be had at all.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the reason if not.
+    pub fn ready(&self) -> Result<()> {
+        self.0.function("copy_f32").map(|_| ())
+    }
+
     /// Whether activations can be stored as bf16, which takes compute capability 8.0.
     pub fn has_bf16(&self) -> bool {
         let (major, _) = self.0.description().capability;

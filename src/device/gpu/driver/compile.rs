@@ -31,20 +31,19 @@ macro_rules! library {
             pub(crate) version: (u32, u32),
             /// Where it is, or the name by which the system found it.
             pub(crate) path: PathBuf,
-            // The functions above are those of the library, which in turn looks for its parts.
-            _libraries: Vec<Library>,
         }
 
         impl Nvrtc {
             /// # Safety
             /// The library is NVRTC.
-            unsafe fn bind(library: Library, path: PathBuf, parts: Vec<Library>) -> Option<Self> {
+            unsafe fn bind(library: Library, path: PathBuf) -> Option<Self> {
                 // SAFETY: the types are those of its header.
                 $(let $field = unsafe {
                     *library.get::<unsafe extern "C" fn($($argument),*) -> c_int>($symbol.as_bytes()).ok()?
                 };)*
-                let libraries = parts.into_iter().chain([library]).collect();
-                let mut nvrtc = Self { $($field,)* version: (0, 0), path, _libraries: libraries };
+                // Never unloaded: the functions stay where they are, and compilers leave threads' data.
+                std::mem::forget(library);
+                let mut nvrtc = Self { $($field,)* version: (0, 0), path };
                 let (mut major, mut minor) = (0, 0);
                 // SAFETY: two integers to be written.
                 let answer = unsafe { (nvrtc.version_of)(&raw mut major, &raw mut minor) };
@@ -75,33 +74,30 @@ const HOW: &str = "install it with `pip install nvidia-cuda-nvrtc` and set ECHOG
     build echograd where nvcc is";
 
 impl Nvrtc {
-    /// The first NVRTC that makes code for drivers of CUDA `driver`.
+    /// The first NVRTC that makes code for drivers of CUDA `driver`, or for any.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is none.
-    pub(crate) fn find(driver: (u32, u32)) -> Result<Self> {
+    pub(crate) fn find(driver: Option<(u32, u32)>) -> Result<Self> {
         let mut newer = None;
         let wanted = env::var_os("ECHOGRAD_NVRTC").filter(|value| !value.is_empty());
         for path in places(wanted.as_ref()) {
             match Self::open(&path) {
-                Some(nvrtc) if nvrtc.version.0 <= driver.0 => return Ok(nvrtc),
+                Some(nvrtc) if driver.is_none_or(|d| nvrtc.version.0 <= d.0) => return Ok(nvrtc),
                 Some(nvrtc) => newer = Some(nvrtc),
                 None => {}
             }
         }
-        let (major, minor) = driver;
+        let cuda = driver.map_or(String::new(), |d| format!(" of CUDA {}", d.0));
         Err(problem(match (newer, wanted) {
             (Some(nvrtc), _) => format!(
-                "kernels must be compiled for a driver of CUDA {major}.{minor}, but {} is that of CUDA \
-                 {}.{}; install one of CUDA {major}",
+                "{} is of CUDA {}.{}, newer than the driver; one{cuda} is needed",
                 nvrtc.path.display(),
                 nvrtc.version.0,
                 nvrtc.version.1
             ),
             (None, Some(path)) => format!("no libnvrtc at {} (ECHOGRAD_NVRTC)", path.display()),
-            (None, None) => format!(
-                "kernels must be compiled, but there is no NVRTC (libnvrtc) of CUDA {major}; {HOW}"
-            ),
+            (None, None) => format!("no NVRTC (libnvrtc){cuda} to compile kernels with; {HOW}"),
         }))
     }
 
@@ -116,11 +112,11 @@ impl Nvrtc {
         let builtins = builtins.into_iter().flatten();
         // SAFETY: libraries of the CUDA toolkit, whose initialisers have no demands.
         unsafe {
-            let builtins = builtins
+            builtins
                 .filter_map(|path| Library::new(path).ok())
-                .collect();
+                .for_each(std::mem::forget);
             let library = Library::new(path).ok()?;
-            Self::bind(library, path.to_owned(), builtins)
+            Self::bind(library, path.to_owned())
         }
     }
 
@@ -383,4 +379,149 @@ fn keep(folder: &Path, file: &Path, code: &[u8]) -> std::io::Result<()> {
     }
     new.persist(file)?;
     Ok(())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    const SOURCE: Source<'static> = Source {
+        name: "test",
+        text: "#include \"device.cuh\"\nextern \"C\" __global__ void twice_f32(float* x) { *x *= 2.0f; }\n",
+    };
+
+    /// A run-time compiler that makes the text `code for ARCHITECTURE`.
+    fn fake(folder: &Path) -> Nvrtc {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/driver/fake_nvrtc.c");
+        let library = folder.join("libnvrtc.so.13");
+        let compiler = env::var("CC").unwrap_or("cc".into());
+        let mut command = Command::new(compiler);
+        command.args(["-std=gnu11", "-shared", "-fPIC", "-o"]);
+        assert!(
+            command
+                .args([&library, &source])
+                .status()
+                .unwrap()
+                .success()
+        );
+        Nvrtc::open(&library).unwrap()
+    }
+
+    #[test]
+    fn machine_code_where_it_runs_and_ptx_elsewhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let nvrtc = fake(folder.path());
+        let architecture = |capability| nvrtc.architecture(capability);
+        for (capability, expected) in [
+            ((7, 5), "sm_75"),
+            ((8, 6), "sm_86"),
+            ((8, 9), "sm_86"),
+            ((9, 0), "sm_90a"),
+            ((10, 3), "sm_100"),
+            ((12, 0), "compute_100"),
+        ] {
+            assert_eq!(architecture(capability).unwrap(), expected);
+        }
+        let problem = architecture((7, 0)).unwrap_err().to_string();
+        assert!(problem.contains("NVRTC 13.0 compiles for no GPU of compute capability 7.0"));
+        for architecture in ["sm_86", "compute_100"] {
+            let code = nvrtc.compile(&SOURCE, architecture).unwrap();
+            assert_eq!(code, format!("code for {architecture}\0").as_bytes());
+        }
+    }
+
+    #[test]
+    fn the_first_error_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Source {
+            name: "bad",
+            text: "a mistake",
+        };
+        let problem = compiled(&fake(folder.path()), source, "sm_80", None).unwrap_err();
+        let expected = "cuda: NVRTC 13.0 for sm_80: kernels/bad.cu(2): error: mistake";
+        assert_eq!(problem.to_string(), expected);
+    }
+
+    #[test]
+    fn the_cache_is_used_if_it_is_sound() {
+        let folder = tempfile::tempdir().unwrap();
+        let (nvrtc, cache) = (fake(folder.path()), folder.path().join("some/cache"));
+        let get =
+            |source, architecture| compiled(&nvrtc, source, architecture, Some(&cache)).unwrap();
+        let code = get(SOURCE, "sm_80");
+        let files = || -> Vec<PathBuf> {
+            fs::read_dir(&cache)
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .collect()
+        };
+        let [file] = &files()[..] else {
+            panic!("{:?}", files())
+        };
+        // Somebody else's code under the same key shows that the file was read.
+        let sound = fs::read(file).unwrap();
+        keep(&cache, file, b"other").unwrap();
+        assert_eq!(get(SOURCE, "sm_80"), b"other");
+        let mut flipped = sound.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        let broken = [
+            &sound[..sound.len() - 1],
+            &sound[..30],
+            b"",
+            b"something else",
+            &flipped,
+        ];
+        for broken in broken {
+            fs::write(file, broken).unwrap();
+            assert_eq!(get(SOURCE, "sm_80"), code);
+            assert_eq!(fs::read(file).unwrap(), sound, "mended");
+        }
+        // A folder where a file should be can be neither read nor replaced.
+        fs::remove_file(file).unwrap();
+        fs::create_dir_all(file.join("full")).unwrap();
+        assert_eq!(get(SOURCE, "sm_80"), code);
+        get(SOURCE, "sm_90a");
+        let changed = Source {
+            text: "// other\n",
+            ..SOURCE
+        };
+        get(changed, "sm_80");
+        assert_eq!(
+            files().len(),
+            3,
+            "one per source and architecture: {:?}",
+            files()
+        );
+    }
+
+    #[test]
+    #[cfg_attr(not(echograd_nvrtc), ignore = "set ECHOGRAD_NVRTC")]
+    fn every_module_compiles() {
+        use crate::device::code::{Code, MODULES};
+        let nvrtc = Nvrtc::find(None).unwrap();
+        let machine_code =
+            |source, architecture| compiled(&nvrtc, source, architecture, None).unwrap();
+        for architecture in ["sm_80", "sm_90a"] {
+            assert!(machine_code(SOURCE, architecture).starts_with(b"\x7fELF"));
+            for module in MODULES {
+                if let Code::Source(text) = module.code {
+                    let name = module.name;
+                    assert!(
+                        machine_code(Source { name, text }, architecture).starts_with(b"\x7fELF")
+                    );
+                }
+            }
+        }
+        assert!(machine_code(SOURCE, "compute_80").starts_with(b"//\n// Generated by NVIDIA NVVM"));
+        let wrong = Source {
+            name: "wrong",
+            text: "#include \"device.cuh\"\nint x = y;\n",
+        };
+        let problem = compiled(&nvrtc, wrong, "sm_80", None)
+            .unwrap_err()
+            .to_string();
+        assert!(problem.contains("kernels/wrong.cu(2): error:"), "{problem}");
+    }
 }

@@ -133,7 +133,7 @@ pub(super) unsafe fn symbol<F: Copy>(name: &str) -> Option<F> {
 ///
 /// # Errors
 /// [`Error::Device`] if there is no driver.
-pub(super) fn version() -> Result<(u32, u32)> {
+pub fn version() -> Result<(u32, u32)> {
     if !*PRESENT {
         let library = if cfg!(windows) {
             "nvcuda.dll"
