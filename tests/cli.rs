@@ -487,7 +487,7 @@ fn a_setting_that_cannot_be_is_named() {
     );
     fails(
         &["--set", "preset=efficientnet-b1"],
-        &["preset: expected tiny or unet, found efficientnet-b1"],
+        &["model.widths: expected 5 widths (for efficientnet-b1), found 2"],
     );
     fails(
         &["--config", "nowhere.toml"],

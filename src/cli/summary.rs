@@ -26,7 +26,7 @@ pub struct Args {
     /// What is trained [default: consistency]
     #[arg(long)]
     arm: Option<Arm>,
-    /// Side of the images in pixels [default: the preset's; tiny 64, unet 128]
+    /// Side of the images in pixels [default: the preset's; tiny 64, unet 128, efficientnet-b1 256]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(SIZE_RANGE))]
     size: Option<u16>,
     /// Images per step [default: 16]

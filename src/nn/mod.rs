@@ -22,8 +22,12 @@
 //! # Ok::<(), echograd::Error>(())
 //! ```
 
+mod attention_unet;
+mod efficientnet;
 mod unet;
 
+pub use attention_unet::AttentionUNet;
+pub use efficientnet::{EfficientNet, Stage};
 pub use unet::UNet;
 
 use crate::device::cpu::{Element, Session};
@@ -32,8 +36,10 @@ use crate::error::Result;
 use crate::ops::activation::Activation;
 use crate::ops::batch_norm::{BatchNorm, Normalize, RunningStatistics};
 use crate::ops::conv2d::Conv2d;
+use crate::ops::depthwise_conv2d::DepthwiseConv2d;
 use crate::ops::dropout::Dropout;
-use crate::ops::pointwise::BiasAdd;
+use crate::ops::pointwise::{Add, BiasAdd};
+use crate::ops::stochastic_depth::StochasticDepth;
 use crate::tape::{Tape, Var};
 use crate::tensor::Shape;
 
@@ -45,14 +51,14 @@ pub const BATCH_NORM_MOMENTUM: f64 = 0.1;
 /// Which behaviour of a network is recorded.
 #[derive(Clone, Copy, Debug)]
 pub enum Mode {
-    /// Batch statistics, running statistics updated, dropout.
+    /// Batch statistics, running statistics updated, dropout and stochastic depth.
     Train {
-        /// The control vector, from which dropout takes the number of the step.
+        /// The control vector, from which random layers take the number of the step.
         control: Var,
-        /// Seed of dropout.
+        /// Seed of random layers.
         seed: u64,
     },
-    /// Running statistics, no dropout.
+    /// Running statistics, nothing random.
     Evaluate,
 }
 
@@ -89,7 +95,7 @@ pub enum Start {
 pub struct Network<'a> {
     tape: &'a mut Tape,
     mode: Mode,
-    dropouts: u32,
+    random_layers: u32,
     starts: Vec<(Var, Start)>,
 }
 
@@ -99,7 +105,7 @@ impl<'a> Network<'a> {
         Self {
             tape,
             mode,
-            dropouts: 0,
+            random_layers: 0,
             starts: Vec::new(),
         }
     }
@@ -144,12 +150,43 @@ impl<'a> Network<'a> {
         kernel: usize,
         start: Start,
     ) -> Result<Var> {
+        self.strided_conv(layer, x, channels, kernel, 1, start)
+    }
+
+    /// As [`Network::conv`] with a stride: the extent is divided by it, rounded up.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] never for an odd `kernel`.
+    pub fn strided_conv(
+        &mut self,
+        layer: &str,
+        x: Var,
+        channels: usize,
+        kernel: usize,
+        stride: usize,
+        start: Start,
+    ) -> Result<Var> {
         let shape = Shape::new(channels, kernel, kernel, self.shape(x).c);
         let weight = self.parameter(layer, "weight", shape, start);
-        let op = Conv2d {
-            stride: [1, 1],
-            padding: [kernel / 2, kernel / 2],
-        };
+        let op = Conv2d::new(stride, kernel / 2);
+        self.tape.scope(layer, |tape| tape.push(op, &[x, weight]))
+    }
+
+    /// A square convolution of each channel by itself, zero-padded so that the extent is divided by `stride`,
+    /// rounded up; parameter `LAYER.weight`. `kernel` is odd.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] never for an odd `kernel`.
+    pub fn depthwise_conv(
+        &mut self,
+        layer: &str,
+        x: Var,
+        kernel: usize,
+        stride: usize,
+    ) -> Result<Var> {
+        let shape = Shape::new(self.shape(x).c, kernel, kernel, 1);
+        let weight = self.parameter(layer, "weight", shape, Start::HeNormal);
+        let op = DepthwiseConv2d::new(stride, kernel / 2);
         self.tape.scope(layer, |tape| tape.push(op, &[x, weight]))
     }
 
@@ -212,8 +249,8 @@ impl<'a> Network<'a> {
     /// # Errors
     /// [`crate::Error::Shape`] if `rate` is not in [0, 1).
     pub fn dropout(&mut self, x: Var, rate: f64) -> Result<Var> {
-        let layer = self.dropouts;
-        self.dropouts += 1;
+        let layer = self.random_layers;
+        self.random_layers += 1;
         match self.mode {
             Mode::Train { control, seed } if rate > 0.0 => {
                 let op = Dropout { rate, seed, layer };
@@ -223,23 +260,39 @@ impl<'a> Network<'a> {
         }
     }
 
+    /// Adds `branch` to `x`; in training, each image does without it with probability `rate`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] if their shapes differ or `rate` is not in [0, 1).
+    pub fn stochastic_depth(&mut self, branch: Var, x: Var, rate: f64) -> Result<Var> {
+        let layer = self.random_layers;
+        self.random_layers += 1;
+        match self.mode {
+            Mode::Train { control, seed } if rate > 0.0 => {
+                let op = StochasticDepth { rate, seed, layer };
+                self.tape.push(op, &[branch, x, control])
+            }
+            _ => self.tape.push(Add, &[branch, x]),
+        }
+    }
+
     /// Records inside a scope of the tape.
     pub fn scope<R>(&mut self, name: &str, body: impl FnOnce(&mut Network<'_>) -> R) -> R {
         let Self {
             tape,
             mode,
-            dropouts,
+            random_layers,
             starts,
         } = self;
         tape.scope(name, |tape| {
             let mut inner = Network {
                 tape,
                 mode: *mode,
-                dropouts: *dropouts,
+                random_layers: *random_layers,
                 starts: std::mem::take(starts),
             };
             let result = body(&mut inner);
-            *dropouts = inner.dropouts;
+            *random_layers = inner.random_layers;
             *starts = inner.starts;
             result
         })

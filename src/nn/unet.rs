@@ -66,7 +66,8 @@ impl UNet {
     }
 }
 
-fn block(network: &mut Network<'_>, mut x: Var, width: usize) -> Result<Var> {
+/// Two 3×3 convolutions, each with batch normalisation and ReLU.
+pub(super) fn block(network: &mut Network<'_>, mut x: Var, width: usize) -> Result<Var> {
     for i in 1..=2 {
         x = network.conv(&format!("conv{i}"), x, width, 3, Start::HeNormal)?;
         x = network.batch_norm(&format!("norm{i}"), x, Activation::Relu)?;

@@ -47,7 +47,18 @@ pub enum Preset {
     Tiny,
     /// A U-Net of 16 to 256 channels on 128×128 images: minutes a run on two cores.
     Unet,
-    /// EfficientNet-B1 encoder with an attention U-Net decoder (not in this build).
+    /// EfficientNet-B1 encoder with an attention U-Net decoder on 256×256 images.
+    EfficientnetB1,
+}
+
+/// An architecture.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ModelKind {
+    /// [`crate::nn::UNet`].
+    #[default]
+    Unet,
+    /// [`crate::nn::AttentionUNet`] on [`crate::nn::EfficientNet::b1`].
     EfficientnetB1,
 }
 
@@ -140,7 +151,8 @@ pub struct Config {
     pub batch: usize,
     /// Threads that prepare batches.
     pub workers: usize,
-    /// Checkpoint whose weights the run starts from; empty for random weights.
+    /// Checkpoint whose weights the run starts from, or an encoder's weights ([`super::pretrained`]); empty for
+    /// random weights.
     pub init: String,
     /// The network.
     pub model: ModelConfig,
@@ -160,7 +172,11 @@ pub struct Config {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// Channels of the U-Net's levels from full resolution to the bottleneck.
+    /// The architecture; a U-Net where a file of an earlier version says nothing.
+    #[serde(default)]
+    pub kind: ModelKind,
+    /// Channels of the U-Net's levels from full resolution to the bottleneck; of `efficientnet-b1`, those of the
+    /// decoder's five levels, from full resolution to a sixteenth.
     pub widths: Vec<usize>,
     /// Share of the class head's inputs that are dropped in training.
     pub dropout: f64,
@@ -236,6 +252,7 @@ impl Config {
     /// The defaults of a preset.
     pub fn preset(preset: Preset) -> Self {
         let tiny = preset == Preset::Tiny;
+        let efficientnet = preset == Preset::EfficientnetB1;
         Self {
             data: String::new(),
             drop_duplicates: false,
@@ -246,12 +263,21 @@ impl Config {
             fold_seed: 0,
             folds: 5,
             fold: 0,
-            size: if tiny { 64 } else { 128 },
+            size: match preset {
+                Preset::Tiny => 64,
+                Preset::Unet => 128,
+                Preset::EfficientnetB1 => 256,
+            },
             epochs: if tiny { 20 } else { 50 },
             batch: 16,
             workers: 1,
             init: String::new(),
             model: ModelConfig {
+                kind: if efficientnet {
+                    ModelKind::EfficientnetB1
+                } else {
+                    ModelKind::Unet
+                },
                 widths: if tiny {
                     vec![8, 16, 32, 64]
                 } else {
@@ -274,7 +300,7 @@ impl Config {
                 frozen: false,
             },
             optimizer: OptimizerConfig {
-                learning_rate: 2e-3,
+                learning_rate: if efficientnet { 1e-3 } else { 2e-3 },
                 schedule: Schedule::Cosine,
                 warmup: 0.1,
                 final_rate: 0.01,
@@ -382,16 +408,17 @@ impl Config {
             let problem = format!("expected {expected}, found {found}");
             Err(Error::argument(key, problem))
         };
-        if self.preset == Preset::EfficientnetB1 {
-            return fail(
-                "preset",
-                "tiny or unet".into(),
-                "efficientnet-b1, which is not in this build".into(),
-            );
-        }
         let depth = self.model.widths.len();
-        if !(2..=7).contains(&depth) {
-            return fail("model.widths", "2 to 7 widths".into(), format!("{depth}"));
+        let (depths, stride) = match self.model.kind {
+            ModelKind::Unet => (2..=7, 1 << depth.saturating_sub(1).min(10)),
+            ModelKind::EfficientnetB1 => (5..=5, 32),
+        };
+        if !depths.contains(&depth) {
+            let expected = match self.model.kind {
+                ModelKind::Unet => "2 to 7 widths",
+                ModelKind::EfficientnetB1 => "5 widths (for efficientnet-b1)",
+            };
+            return fail("model.widths", expected.into(), format!("{depth}"));
         }
         if let Some(width) = self.model.widths.iter().find(|w| !(1..=2048).contains(*w)) {
             return fail(
@@ -400,12 +427,14 @@ impl Config {
                 width.to_string(),
             );
         }
-        let stride = 1 << (depth - 1);
         // A bottleneck of one pixel would leave nothing to normalise over.
         let smallest = 16.max(2 * stride);
         if !(smallest..=1024).contains(&self.size) || !self.size.is_multiple_of(stride) {
-            let expected =
-                format!("a multiple of {stride} (for {depth} levels) from {smallest} to 1024");
+            let levels = match self.model.kind {
+                ModelKind::Unet => format!("{depth} levels"),
+                ModelKind::EfficientnetB1 => "efficientnet-b1".into(),
+            };
+            let expected = format!("a multiple of {stride} (for {levels}) from {smallest} to 1024");
             return fail("size", expected, self.size.to_string());
         }
         for (key, value, low, high) in [
@@ -591,9 +620,9 @@ mod tests {
             ),
             ("preset", "resnet", "preset: unknown variant `resnet`"),
             (
-                "preset",
-                "efficientnet-b1",
-                "preset: expected tiny or unet, found",
+                "model.kind",
+                "efficientnet-b2",
+                "model.kind: unknown variant `efficientnet-b2`",
             ),
             ("device", "cuda", "device: expected cpu, found cuda"),
             ("fold", "5", "fold: expected 0 to 4, found 5"),
@@ -623,6 +652,40 @@ mod tests {
             let text = message(&[(key, value)]);
             assert!(text.starts_with(expected), "{key}={value}: {text}");
         }
+    }
+
+    #[test]
+    fn efficientnet_has_its_own_extents() {
+        let preset = ("preset", "efficientnet-b1");
+        let config = set(&[preset]).unwrap();
+        assert_eq!(config.model.kind, ModelKind::EfficientnetB1);
+        assert_eq!(config.size, 256);
+        assert!(set(&[preset, ("size", "64")]).is_ok());
+        for (key, value, expected) in [
+            (
+                "size",
+                "48",
+                "size: expected a multiple of 32 (for efficientnet-b1) from 64 to 1024, found 48",
+            ),
+            ("size", "32", "size: expected a multiple of 32"),
+            (
+                "model.widths",
+                "[8, 16]",
+                "model.widths: expected 5 widths (for efficientnet-b1), found 2",
+            ),
+        ] {
+            let text = message(&[preset, (key, value)]);
+            assert!(text.starts_with(expected), "{key}={value}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_without_an_architecture_is_a_unet() {
+        let mut table = set(&[]).unwrap().table();
+        let model = table.get_mut("model").unwrap().as_table_mut().unwrap();
+        assert!(model.remove("kind").is_some());
+        let config: Config = table.try_into().unwrap();
+        assert_eq!(config.model.kind, ModelKind::Unet);
     }
 
     #[test]

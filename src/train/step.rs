@@ -1,11 +1,11 @@
 //! The two tapes of a run: a whole training step, and the network alone for evaluation.
 
-use super::config::{Arm, Config, Stop};
+use super::config::{Arm, Config, ModelKind, Stop};
 use crate::device::cpu::{Element, Session};
 use crate::error::Result;
 use crate::features;
 use crate::loss::{Loss, Prior, Targets, Terms, Tie};
-use crate::nn::{self, Heads, Logits, Mode, Network, Start, UNet};
+use crate::nn::{self, AttentionUNet, EfficientNet, Heads, Logits, Mode, Network, Start, UNet};
 use crate::ops::control;
 use crate::optim::{AdamW, Rule};
 use crate::tape::{Kind, Options, Plan, Tape, Var};
@@ -18,10 +18,17 @@ fn heads(config: &Config) -> Heads {
     }
 }
 
-fn unet(config: &Config) -> UNet {
-    UNet {
-        widths: config.model.widths.clone(),
-        dropout: config.model.dropout,
+/// Records the network that `config` describes.
+fn record(config: &Config, network: &mut Network<'_>, images: Var) -> Result<Logits> {
+    let (widths, dropout) = (config.model.widths.clone(), config.model.dropout);
+    match config.model.kind {
+        ModelKind::Unet => UNet { widths, dropout }.record(network, images, heads(config)),
+        ModelKind::EfficientnetB1 => AttentionUNet {
+            encoder: EfficientNet::b1(),
+            widths,
+            dropout,
+        }
+        .record(network, images, heads(config)),
     }
 }
 
@@ -68,7 +75,7 @@ impl TrainingStep {
         let control = targets.control;
         let seed = config.seed;
         let mut network = Network::new(&mut tape, Mode::Train { control, seed });
-        let logits = unet(config).record(&mut network, images, heads(config))?;
+        let logits = record(config, &mut network, images)?;
         let starts = network.starts().to_vec();
 
         let tied = config.arm == Arm::Consistency;
@@ -92,7 +99,7 @@ impl TrainingStep {
         // Every parameter recorded leads to the loss.
         let gradients: Vec<Var> = gradients.into_iter().flatten().collect();
         let rule = |&var: &Var| Rule {
-            decay: decays(tape.name(var)),
+            decay: decays(&starts, var),
             nonnegative: tape.name(var) == "prior.weight" && !config.prior.free_sign,
         };
         let optimizer = &config.optimizer;
@@ -171,11 +178,10 @@ impl TrainingStep {
     }
 }
 
-/// Weights of convolutions and linear layers decay; norms, biases and the prior do not.
-fn decays(name: &str) -> bool {
-    let layer = name.strip_suffix(".weight").unwrap_or_default();
-    let last = layer.rsplit('.').next().unwrap_or_default();
-    !last.is_empty() && !last.starts_with("norm") && last != "prior"
+/// Weights of convolutions and linear layers, which start at random, decay; norms, biases and the prior do not.
+fn decays(starts: &[(Var, Start)], parameter: Var) -> bool {
+    let start = starts.iter().find(|(var, _)| *var == parameter);
+    start.is_some_and(|(_, start)| !matches!(start, Start::Constant(_)))
 }
 
 /// The network in evaluation, recorded.
@@ -198,7 +204,7 @@ impl Evaluation {
         let mut tape = Tape::new();
         let images = tape.input("images", images(config));
         let mut network = Network::new(&mut tape, Mode::Evaluate);
-        let logits = unet(config).record(&mut network, images, heads(config))?;
+        let logits = record(config, &mut network, images)?;
         let kept = [logits.mask, logits.malignancy];
         kept.into_iter().flatten().for_each(|v| tape.keep(v));
         Ok(Self {
