@@ -21,7 +21,7 @@ pub struct Args {
     /// What to train [default: consistency]
     #[arg(long)]
     arm: Option<Arm>,
-    /// Named defaults: tiny takes seconds, unet minutes on two cores [default: unet]
+    /// Named defaults: tiny takes seconds, unet minutes on two cores, efficientnet-b1 far longer [default: unet]
     #[arg(long)]
     preset: Option<Preset>,
     /// TOML file that overlays the preset [default: none]; RUN/config.toml of any run is one
@@ -30,7 +30,7 @@ pub struct Args {
     /// Overlay one value, e.g. --set loss.consistency=0.3; see RUN/config.toml for the keys
     #[arg(long, value_name = "KEY=VALUE", value_parser = super::key_value)]
     set: Vec<(String, String)>,
-    /// Start from the weights of a checkpoint [default: random weights]
+    /// Start from the weights of a checkpoint; for efficientnet-b1 also of a safetensors file with the names of torchvision or timm [default: random weights]
     #[arg(long, value_name = "FILE")]
     init: Option<PathBuf>,
     /// Folds of the stratified split [default: 5]
@@ -39,10 +39,10 @@ pub struct Args {
     /// The fold held out, from 0 [default: 0]
     #[arg(long, value_name = "I")]
     fold: Option<usize>,
-    /// Times each image is seen [default: the preset's; tiny 20, unet 50]
+    /// Times each image is seen [default: the preset's; tiny 20, others 50]
     #[arg(long, value_name = "N")]
     epochs: Option<u64>,
-    /// Side of the square that images are letterboxed to, in pixels [default: the preset's; tiny 64, unet 128]
+    /// Side of the square that images are letterboxed to, in pixels [default: the preset's; tiny 64, unet 128, efficientnet-b1 256]
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u16).range(SIZE_RANGE))]
     size: Option<u16>,
     /// Images per step [default: 16]

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata as Header, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::config::Config;
@@ -56,6 +56,12 @@ pub struct Checkpoint {
 struct Metadata {
     position: Position,
     config: Config,
+}
+
+/// Whether a file with this header was written by this program.
+pub(super) fn is_own(header: &Header) -> bool {
+    let metadata = header.metadata().as_ref();
+    metadata.is_some_and(|metadata| metadata.contains_key(KEY))
 }
 
 /// Parameters and states: what a checkpoint holds.
@@ -240,7 +246,7 @@ pub fn weights_prefix(config: &Config) -> &'static str {
 }
 
 /// The file's bytes, once its length and that of its header make sense together.
-fn read(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
     let unreadable = |e: std::io::Error| Error::caused(path, "cannot be read", e);
     let mut file = std::fs::File::open(path).map_err(unreadable)?;
     let length = file.metadata().map_err(unreadable)?.len();

@@ -10,6 +10,7 @@ pub mod config;
 pub mod evaluate;
 pub mod model;
 pub mod predict;
+pub mod pretrained;
 pub mod run;
 pub mod schedule;
 pub mod step;

@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, Checkpoint, Position};
-use super::config::{Arm, Config, PriorStart};
+use super::config::{Arm, Config, ModelKind, PriorStart};
 use super::evaluate::{examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
-use super::{Model, Report, schedule, select, stop};
+use super::{Model, Report, pretrained, schedule, select, stop};
 use crate::data::image::write_atomically;
 use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
 use crate::data::split::{self, Fold};
@@ -380,11 +380,18 @@ impl<'a> Run<'a> {
         // A checkpoint of its own holds everything; the run then needs no other's.
         if !config.init.is_empty() && !out.join(LAST).is_file() {
             let path = Path::new(&config.init);
-            let checkpoint = Checkpoint::read(path)?;
-            let missing = checkpoint.initialise(path, &step.tape, &mut session)?;
-            if !missing.is_empty() {
-                let missing = missing.join(", ");
-                report.line(&format!("{} lacks {missing}: random", path.display()));
+            let efficientnet = config.model.kind == ModelKind::EfficientnetB1;
+            if efficientnet && pretrained::is_foreign(path)? {
+                pretrained::initialise(path, &step.tape, &mut session)?;
+                let what = "holds an encoder's weights, the others are random";
+                report.line(&format!("{} {what}", path.display()));
+            } else {
+                let checkpoint = Checkpoint::read(path)?;
+                let missing = checkpoint.initialise(path, &step.tape, &mut session)?;
+                if !missing.is_empty() {
+                    let missing = missing.join(", ");
+                    report.line(&format!("{} lacks {missing}: random", path.display()));
+                }
             }
             step.start_averages(&mut session);
         }
