@@ -1,4 +1,5 @@
-//! Operations that memory bounds: normalisation, pooling, upsampling, forward and backward.
+//! Operations that memory bounds: normalisation, pooling, upsampling, depthwise convolution, gates, forward and
+//! backward.
 //!
 //! `cargo bench --bench memory_bound` prints milliseconds and the bandwidth that the counted passes over memory
 //! amount to. `benches/peers/memory_bound.py` compares with PyTorch: it starts this program with `--serve` and
@@ -11,15 +12,19 @@ use echograd::Result;
 use echograd::device::cpu::Session;
 use echograd::ops::activation::Activation;
 use echograd::ops::batch_norm::BatchNorm;
+use echograd::ops::depthwise_conv2d::DepthwiseConv2d;
+use echograd::ops::gate::Gate;
 use echograd::ops::group_norm::GroupNorm;
+use echograd::ops::layer_norm::LayerNorm;
 use echograd::ops::pointwise::Fill;
 use echograd::ops::pool::{AvgPool2d, GlobalAvgPool, MaxPool2d};
 use echograd::ops::upsample::Upsample2x;
 use echograd::tape::{Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 
-/// Names that `--serve` takes, and the cases of a plain run: size and channels of a U-Net 32–512 at 256².
-const OPERATIONS: [(&str, &[(usize, usize)]); 8] = [
+/// Names that `--serve` takes, and the cases of a plain run: size and channels of a U-Net 32–512 at 256², and of
+/// EfficientNet-B1's blocks.
+const OPERATIONS: [(&str, &[(usize, usize)]); 15] = [
     ("batch_norm", &LEVELS),
     ("batch_norm_relu", &LEVELS),
     ("batch_norm_silu", &LEVELS),
@@ -28,6 +33,13 @@ const OPERATIONS: [(&str, &[(usize, usize)]); 8] = [
     ("avg_pool2d", &[(256, 32), (128, 64)]),
     ("global_avg_pool", &[(16, 512)]),
     ("upsample2x", &[(128, 64), (64, 128), (32, 256), (16, 512)]),
+    ("depthwise_3_1", &[(128, 32), (64, 144), (16, 480)]),
+    ("depthwise_3_2", &[(128, 96), (32, 240), (16, 672)]),
+    ("depthwise_5_1", &[(32, 240), (16, 672), (8, 1152)]),
+    ("depthwise_5_2", &[(64, 144), (16, 672)]),
+    ("gate_channel", &[(128, 32), (64, 144), (16, 672)]),
+    ("gate_pixel", &[(128, 16), (64, 24), (16, 112)]),
+    ("layer_norm", &[(64, 96), (16, 384)]),
 ];
 const LEVELS: [(usize, usize); 5] = [(256, 32), (128, 64), (64, 128), (32, 256), (16, 512)];
 
@@ -59,6 +71,30 @@ fn record(tape: &mut Tape, name: &str, x: Var) -> Result<Var> {
         ),
         "global_avg_pool" => tape.push(GlobalAvgPool, &[x]),
         "upsample2x" => tape.push(Upsample2x, &[x]),
+        "layer_norm" => {
+            let inputs = [x, vector(tape, "gamma"), vector(tape, "beta")];
+            tape.push(LayerNorm { eps: 1e-5 }, &inputs)
+        }
+        "gate_channel" | "gate_pixel" => {
+            let shape = tape.shape(x);
+            let logits = if name == "gate_channel" {
+                Shape::per_image(shape.n, c)
+            } else {
+                Shape { c: 1, ..shape }
+            };
+            let logits = tape.parameter("logits", logits);
+            tape.push(Gate, &[x, logits])
+        }
+        _ if name.starts_with("depthwise") => {
+            // depthwise_KERNEL_STRIDE
+            let mut numbers = name
+                .split('_')
+                .skip(1)
+                .map(|n| n.parse().expect("a number"));
+            let [kernel, stride] = [(); 2].map(|()| numbers.next().expect("two numbers"));
+            let weight = tape.parameter("weight", Shape::new(c, kernel, kernel, 1));
+            tape.push(DepthwiseConv2d::new(stride, kernel / 2), &[x, weight])
+        }
         _ => {
             let inputs = [x, vector(tape, "gamma"), vector(tape, "beta")];
             let outputs = if name.starts_with("batch") {
@@ -87,7 +123,7 @@ fn record(tape: &mut Tape, name: &str, x: Var) -> Result<Var> {
 /// One operation and its gradient, which may overwrite `dy` as it does in a network.
 struct Bench {
     session: Session<f32>,
-    /// Elements that the forward and the backward step move.
+    /// Elements that the forward step, and the backward steps together, move.
     elements: [u64; 2],
 }
 
@@ -122,22 +158,27 @@ impl Bench {
             .iter()
             .for_each(|&p| session.values_mut(p).fill(1.0));
         let steps = session.plan().steps();
-        let elements = [0, 2].map(|step| steps[step].cost.elements);
+        let backward = steps[2..].iter().map(|step| step.cost.elements).sum();
+        let elements = [steps[0].cost.elements, backward];
         Ok(Self { session, elements })
     }
 
-    /// The least durations of the forward and the backward step in some replays.
+    /// The least durations of the forward step, and of the backward steps together, in some replays.
     fn least(&mut self, repeats: usize) -> [Duration; 2] {
         let mut least = [Duration::MAX; 2];
         for _ in 0..=repeats {
+            let mut took = [Duration::ZERO; 2];
             let mut last = Instant::now();
             self.session.run_observed(|step| {
                 // Step 1 makes dy.
-                if let Some(least) = least.get_mut(step / 2).filter(|_| step != 1) {
-                    *least = (*least).min(last.elapsed());
+                if step != 1 {
+                    took[usize::from(step > 1)] += last.elapsed();
                 }
                 last = Instant::now();
             });
+            for (least, took) in least.iter_mut().zip(took) {
+                *least = took.min(*least);
+            }
         }
         least
     }
