@@ -151,6 +151,16 @@ __device__ __forceinline__ void store_vector(bf16* y, const float (&v)[8]) {
                                                    pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])}};
 }
 
+// Four words to global memory as one. Compilers split a plain store of words that inline PTX made.
+__device__ __forceinline__ void store_16_bytes(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+#if !ECHOGRAD_EMULATOR
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(__cvta_generic_to_global(to)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+#else
+    *static_cast<uint4*>(to) = make_uint4(a, b, c, d);
+#endif
+}
+
 // i / extent and i % extent, by the short division where i allows it.
 struct Division {
     size_t quotient;
@@ -191,6 +201,39 @@ __device__ __forceinline__ uint4 philox(unsigned long long seed, unsigned long l
         key1 += 0xBB67AE85u;
     }
     return x;
+}
+
+// ---- Fast functions: one instruction each, relative error at most 2⁻²², subnormals taken as zero ----
+// NaN stays NaN.
+
+#if ECHOGRAD_EMULATOR
+#define ECHOGRAD_FAST(name, instruction, host) \
+    __device__ __forceinline__ float name(float x) { return host; }
+#else
+#define ECHOGRAD_FAST(name, instruction, host)             \
+    __device__ __forceinline__ float name(float x) {       \
+        float y;                                           \
+        asm(instruction " %0, %1;" : "=f"(y) : "f"(x));    \
+        return y;                                          \
+    }
+#endif
+ECHOGRAD_FAST(fast_exp2, "ex2.approx.ftz.f32", exp2f(x))
+// Its error is 2⁻²² absolute between 1/2 and 2.
+ECHOGRAD_FAST(fast_log2, "lg2.approx.ftz.f32", log2f(x))
+ECHOGRAD_FAST(fast_reciprocal, "rcp.approx.ftz.f32", 1.0f / x)
+ECHOGRAD_FAST(fast_sqrt, "sqrt.approx.ftz.f32", sqrtf(x))
+ECHOGRAD_FAST(fast_rsqrt, "rsqrt.approx.ftz.f32", 1.0f / sqrtf(x))
+#undef ECHOGRAD_FAST
+
+// The smaller of the two, and NaN if either is (fminf would drop it).
+__device__ __forceinline__ float minimum(float x, float y) {
+#if !ECHOGRAD_EMULATOR && __CUDA_ARCH__ >= 800
+    float z;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+#else
+    return x < y || x != x ? x : y;
+#endif
 }
 
 // ---- Reductions: fixed trees, so the same bits at every run ----

@@ -14,6 +14,9 @@
 //! transposed stencil for the row before that. Only the last three rows of each are remembered, in
 //! scratch that stays in the first-level cache.
 //!
+//! On a GPU (`kernels/mask_head.cu`) a band is a piece of some warp's columns, and rows are remembered in
+//! registers.
+//!
 //! Single precision suffices because nothing large is summed in it: each column keeps `Σm`, `Σvm`
 //! and `Σv²m` of one band, with `v` from the band's middle, and the moments are put together from
 //! those in `f64`.
@@ -26,6 +29,7 @@ use rayon::prelude::*;
 use super::moments::single_channel;
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Arguments, Full, Grid, Launches, Pointer, Stored, Word, kernel};
 use crate::device::simd::{self, Lanes, MAX_LANES};
 use crate::error::{Error, Result};
 use crate::features::{EPSILON, Moments};
@@ -142,6 +146,101 @@ impl<T: Real> Kernel<T> for MaskHead {
     }
 }
 
+kernel! {
+    /// Sums over the bands of each image.
+    struct BandsKernel = "mask_head_bands" {
+        logits: Stored, truth: Stored, partials: Full, pieces: u32,
+        height: i32, width: i32, rows: i32, lanes: i32, sharpness: f32,
+    }
+}
+
+kernel! {
+    /// The outputs from those sums.
+    struct FinishKernel = "mask_head_finish" {
+        partials: Full, cross_entropy: Full, dice: Full, overlap: Full, moments: Full, perimeter: Full,
+        images: u32, height: i32, width: i32, rows: i32, lanes: i32,
+    }
+}
+
+kernel! {
+    /// The gradient with respect to the logits.
+    struct GradientKernel = "mask_head_gradient" {
+        logits: Stored, truth: Stored, overlap: Full, moments: Full, dentropy: Full, ddice: Full,
+        dmoments: Full, dperimeter: Full, dlogits: Stored, pieces: u32,
+        height: i32, width: i32, rows: i32, lanes: i32, sharpness: f32,
+    }
+}
+
+/// The same kernel for rows that cannot be read 16 bytes at a time.
+struct Any<A>(A);
+
+impl Arguments for Any<BandsKernel> {
+    const KERNEL: &'static str = "mask_head_bands_any";
+    fn words(&self) -> Vec<Word> {
+        self.0.words()
+    }
+}
+
+impl Arguments for Any<GradientKernel> {
+    const KERNEL: &'static str = "mask_head_gradient_any";
+    fn words(&self) -> Vec<Word> {
+        self.0.words()
+    }
+}
+
+/// Threads of a block in `kernels/mask_head.cu`, and columns of a lane.
+const THREADS: usize = 128;
+const COLUMNS: usize = 8;
+/// Bytes of the sums of a piece.
+const PIECE_BYTES: usize = 64;
+/// Bands are as high as leaves this many warps, enough to keep a large GPU's memory busy. Rows of a
+/// band's halo are computed twice, so bands are never very low; forward, sums of many rows lose digits.
+const WARPS: usize = 1024;
+const LOW: usize = 8;
+const HIGH: usize = 32;
+const HIGH_BACKWARD: usize = 64;
+
+/// How `kernels/mask_head.cu` cuts up a batch: into pieces of `rows` rows and `lanes · COLUMNS` columns,
+/// each for a group of `lanes` lanes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Cut {
+    rows: usize,
+    lanes: usize,
+    pieces: usize,
+}
+
+impl Cut {
+    /// With at most `rows` rows.
+    fn of(shape: Shape, mut rows: usize) -> Self {
+        // A group's first and last lane see to the columns beyond its strip: two lanes at least.
+        let lanes = shape.w.div_ceil(COLUMNS).next_power_of_two().clamp(2, 32);
+        let pieces = |rows| shape.n * shape.h.div_ceil(rows) * shape.w.div_ceil(COLUMNS * lanes);
+        while rows > LOW && pieces(rows) * lanes < 32 * WARPS {
+            rows /= 2;
+        }
+        Self {
+            rows,
+            lanes,
+            pieces: pieces(rows),
+        }
+    }
+
+    fn grid(self) -> Grid {
+        Grid::cover(self.pieces * self.lanes, THREADS as u32)
+    }
+}
+
+/// A size as kernels take it.
+fn size<T: TryFrom<usize>>(op: &'static str, what: &str, value: usize) -> Result<T> {
+    T::try_from(value)
+        .map_err(|_| Error::shape(op, format!("{value} {what} are too many for a GPU")))
+}
+
+/// Whether rows can be read 16 bytes at a time.
+fn is_aligned(width: usize, pointers: &[Pointer]) -> bool {
+    width.is_multiple_of(COLUMNS) && pointers.iter().all(|p| p.is_aligned(16))
+}
+
 impl Op for MaskHead {
     fn name(&self) -> &'static str {
         "mask_head"
@@ -173,6 +272,53 @@ impl Op for MaskHead {
         };
         let gradient = at.push(gradient, &inputs)?;
         at.set(0, gradient)
+    }
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        Cut::of(inputs[0], HIGH).pieces * PIECE_BYTES
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let shape = at.input_shape(0);
+        let cut = Cut::of(shape, HIGH);
+        let height = size(self.name(), "rows", shape.h)?;
+        let width = size(self.name(), "columns", shape.w)?;
+        let (rows, lanes) = (cut.rows as i32, cut.lanes as i32);
+        let (logits, truth) = (at.input(0), at.input(1));
+        let bands = BandsKernel {
+            logits: logits.into(),
+            truth: truth.into(),
+            partials: at.scratch().into(),
+            pieces: size(self.name(), "bands of rows", cut.pieces)?,
+            height,
+            width,
+            rows,
+            lanes,
+            sharpness: self.sharpness as f32,
+        };
+        if is_aligned(shape.w, &[logits, truth]) {
+            at.launch(cut.grid(), &bands)?;
+        } else {
+            at.launch(cut.grid(), &Any(bands))?;
+        }
+        let finish = FinishKernel {
+            partials: at.scratch().into(),
+            cross_entropy: at.output(0).into(),
+            dice: at.output(1).into(),
+            overlap: at.output(2).into(),
+            moments: at.output(3).into(),
+            perimeter: at.output(4).into(),
+            images: size(self.name(), "images", shape.n)?,
+            height,
+            width,
+            rows,
+            lanes,
+        };
+        at.launch(
+            Grid::new(shape.n.div_ceil(THREADS / 32), THREADS as u32),
+            &finish,
+        )
     }
 }
 
@@ -251,6 +397,33 @@ impl Op for MaskHeadGradient {
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         let block = BACKWARD_ROWS * stride(inputs[0].w);
         inputs[0].n * inputs[0].h.div_ceil(BAND) * block
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let shape = at.input_shape(0);
+        let cut = Cut::of(shape, HIGH_BACKWARD);
+        let (logits, truth, dlogits) = (at.input(0), at.input(1), at.output(0));
+        let gradient = GradientKernel {
+            logits: logits.into(),
+            truth: truth.into(),
+            overlap: at.input(2).into(),
+            moments: at.input(3).into(),
+            dentropy: at.input(4).into(),
+            ddice: at.input(5).into(),
+            dmoments: at.input(6).into(),
+            dperimeter: at.input(7).into(),
+            dlogits: dlogits.into(),
+            pieces: size(self.name(), "bands of rows", cut.pieces)?,
+            height: size(self.name(), "rows", shape.h)?,
+            width: size(self.name(), "columns", shape.w)?,
+            rows: cut.rows as i32,
+            lanes: cut.lanes as i32,
+            sharpness: self.sharpness as f32,
+        };
+        if is_aligned(shape.w, &[logits, truth, dlogits]) {
+            at.launch(cut.grid(), &gradient)
+        } else {
+            at.launch(cut.grid(), &Any(gradient))
+        }
     }
 }
 
@@ -705,7 +878,9 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         Ok(outputs)
     })
     .with("logits", shape, s.values(shape.len(), -3.0, 3.0))
-    .with_constant("truth", shape, s.values(shape.len(), 0.0, 1.0));
+    .narrow()
+    .with_constant("truth", shape, s.values(shape.len(), 0.0, 1.0))
+    .narrow();
     // The sums are large, and the softening of the perimeter is not reached by random masks.
     case.step = 1e-4;
     case
