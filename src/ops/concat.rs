@@ -45,14 +45,15 @@ fn join(at: &mut Launches<'_>, name: &'static str, parts: &[(usize, usize, usize
     let (y, shape) = (at.output(0), at.output_shape(0));
     let size = if y.is_narrow() { 2 } else { 4 };
     // The largest unit of which everything is a multiple.
-    let mut bits = shape.c * size | y.address() as usize | 16;
+    let mut bits = (shape.c * size) | y.address() as usize | 16;
     for &(input, first, channels) in parts {
         let x = at.input(input);
         if x.is_narrow() != y.is_narrow() {
             let problem = "expected one storage type, found f32 and bf16";
             return Err(Error::device(name, problem));
         }
-        bits |= (at.input_shape(input).c | first | channels) * size | x.address() as usize;
+        let extents = at.input_shape(input).c | first | channels;
+        bits |= (extents * size) | x.address() as usize;
     }
     let unit = 1 << bits.trailing_zeros();
     let units = |elements: usize| (elements * size / unit as usize) as u64;
