@@ -35,7 +35,7 @@ fn problem(averaged: bool, clip: f64) -> Problem {
     }
     let statistics = [5, 4099].map(|len| tape.state(&format!("s{len}"), Shape::per_channel(len)));
     let rule = |i: usize| Rule {
-        decay: i % 2 == 0,
+        decay: i.is_multiple_of(2),
         nonnegative: i % 3 == 1,
     };
     let adamw = AdamW {
