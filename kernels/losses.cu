@@ -7,9 +7,9 @@
 // the block adds those in f64, and the sums of all pieces go to `partial`, [image][piece][sum]. Whoever
 // needs an image's sums adds its pieces in one warp, in an order that depends on their number alone.
 //
-// Bytes a pixel in f32: sums 8, gradients 12, for Dice 8 more. About 25 instructions a pixel for
-// cross-entropy, 15 for its gradient, 5 for the others: on an H200, whose 28·10¹² lanes a second have 48
-// instructions for 8 bytes from memory, all are bound by memory in f32; cross-entropy in bf16 is even.
+// Bytes a pixel in f32: sums 8, gradients 12, for Dice 8 more. About 25 instructions a pixel for cross-entropy
+// and for its gradient, 5 for the others: on an H200, whose 28·10¹² lanes a second have 48 instructions for
+// 8 bytes from memory, all are bound by memory in f32 (predicted); cross-entropy in bf16 is even.
 //
 // Tensors of any length and alignment: where vectors do not fit, elements are moved one by one.
 #include "device.cuh"
