@@ -184,7 +184,7 @@ pub(super) fn loads_kernels(version: (u32, u32)) -> Result<()> {
     match COMPILER {
         Some(compiler) if version.0 < compiler.version.0 => {
             let (major, minor) = compiler.version;
-            let what = format!("kernels compiled by CUDA {major}.{minor}, as in this build,");
+            let what = format!("kernels compiled by CUDA {major}.{minor}, as in this build");
             Err(too_old(version, (major, 0), &what))
         }
         _ => Ok(()),
@@ -199,7 +199,7 @@ fn too_old(found: (u32, u32), needed: (u32, u32), what: &str) -> Error {
         _ => "",
     };
     problem(format!(
-        "the NVIDIA driver is too old: {what} needs one of CUDA {}.{}{release}, found one of CUDA {}.{}",
+        "the NVIDIA driver is too old: for {what} it must be of CUDA {}.{}{release}, found one of CUDA {}.{}",
         needed.0, needed.1, found.0, found.1
     ))
 }
