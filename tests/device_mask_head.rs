@@ -547,3 +547,14 @@ fn the_operation_launches_them() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_batch_without_images_is_refused() {
+    let mut tape = Tape::new();
+    let [z, g] = ["logits", "truth"].map(|name| tape.input(name, Shape::new(0, 16, 24, 1)));
+    let refused = tape.push_all(MaskHead::default(), &[z, g]).unwrap_err();
+    assert!(
+        refused.to_string().contains("at least one image"),
+        "{refused}"
+    );
+}
