@@ -1,12 +1,14 @@
 //! The operations' CUDA kernels, run by the emulator, against the CPU.
 #![cfg(feature = "emulator")]
 
+use echograd::device::cpu;
 use echograd::device::gpu::{self, Gpu};
 use echograd::gradcheck::{self, Sampler};
 use echograd::ops::examples;
 use echograd::ops::pointwise::Scale;
 use echograd::ops::registry;
-use echograd::tape::{Options, Plan, Tape};
+use echograd::profile;
+use echograd::tape::{Kind, Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use echograd::{Error, Result};
 
@@ -122,4 +124,73 @@ fn every_launch_can_be_timed() {
     let timed = session.run_timed().unwrap();
     assert_eq!(timed.len(), session.launches().len());
     assert!(timed.iter().all(|t| t.start >= 0.0 && t.time >= 0.0));
+}
+
+/// The loss and its gradients, as training records them and composed of one operation each, on masks of a
+/// smooth lesion.
+#[test]
+fn the_feature_block_agrees_with_the_cpu() {
+    let masks = Shape::new(2, 40, 48, 1);
+    let value = |name: &str, i: usize| -> f64 {
+        let (image, pixel) = (i / masks.pixels(), i % masks.pixels());
+        let (x, y) = ((pixel % masks.w) as f64, (pixel / masks.w) as f64);
+        let radius = ((x - 20.0 - 3.0 * image as f64) / 1.5).hypot(y - 18.0);
+        let value = match name {
+            "logits" => (9.0 - radius) / 2.0 + (x * 0.7).sin() * 0.3,
+            "truth" => f64::from(u8::from(radius < 10.0)),
+            "malignancy" => 0.5 - i as f64,
+            "labels" => i as f64,
+            "prior.mean" => 0.1,
+            "prior.sd" => 0.2 + 0.1 * i as f64,
+            "control" => 1.0,
+            _ => 0.3 + 0.1 * i as f64,
+        };
+        // Exact in bf16, so that all devices and storages see the same.
+        let (sign, size) = (value.signum(), value.abs());
+        let unit = 2f64.powi(size.max(1e-30).log2().floor() as i32 - 7);
+        sign * (size / unit).round() * unit
+    };
+    for block in [profile::fused(masks), profile::unfused(masks)] {
+        let profile::Block { tape, results } = block.unwrap();
+        let kinds = [Kind::Input, Kind::Parameter, Kind::State];
+        let vars: Vec<Var> = kinds
+            .into_iter()
+            .flat_map(|kind| tape.of_kind(kind))
+            .collect();
+        let values = |var: Var| -> Vec<f64> {
+            let name = tape.name(var);
+            (0..tape.shape(var).len()).map(|i| value(name, i)).collect()
+        };
+        let plan = Plan::new(&tape, Options::default()).unwrap();
+        let mut cpu = cpu::Session::<f64>::new(plan).unwrap();
+        vars.iter().for_each(|&var| cpu.write(var, &values(var)));
+        cpu.run();
+        for narrow in [false, true] {
+            let plan = Plan::new(&tape, Options::gpu(narrow)).unwrap();
+            let mut device = gpu::Session::new(&Gpu::emulator().unwrap(), plan).unwrap();
+            for &var in &vars {
+                let values: Vec<f32> = values(var).into_iter().map(|x| x as f32).collect();
+                device.write(var, &values).unwrap();
+            }
+            device.run().unwrap();
+            for &var in &results {
+                let (found, expected) = (device.read(var).unwrap(), cpu.read(var));
+                let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+                assert!(largest > 0.0);
+                let tolerance = if narrow && tape.values()[var.index()].narrow {
+                    1.0 / 256.0
+                } else {
+                    1e-4
+                };
+                for (a, b) in found.iter().zip(expected) {
+                    let error = (f64::from(*a) - b).abs();
+                    assert!(
+                        error <= tolerance * largest,
+                        "{}: {a} and {b}",
+                        tape.name(var)
+                    );
+                }
+            }
+        }
+    }
 }

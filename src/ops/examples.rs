@@ -16,6 +16,7 @@ use super::layer_norm::LayerNorm;
 use super::losses::{BceWithLogits, Mse, SoftDice, WeightedMean};
 use super::mask_head::MaskHead;
 use super::moments::Moments;
+use super::multitask_loss::{MultitaskLoss, Tie};
 use super::perimeter::Perimeter;
 use super::pointwise::{Add, BiasAdd, Mul, Relu, Scale, Sigmoid, Silu};
 use super::pool::{AvgPool2d, GlobalAvgPool, MaxPool2d};
@@ -46,7 +47,7 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
     let images = |tape: &mut Tape, name: &str, c| tape.input(name, Shape::per_image(n, c));
     let controls = |tape: &mut Tape| tape.input("control", Shape::per_channel(control::LEN));
     let x = match name {
-        "weighted_mean" | "consistency" => images(tape, "x", 1),
+        "weighted_mean" | "consistency" | "multitask_loss" => images(tape, "x", 1),
         "shape_features" => images(tape, "moments", features::Moments::COUNT),
         "prior" => images(tape, "features", 4),
         "linear" => images(tape, "x", c),
@@ -162,6 +163,48 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
             let control = controls(tape);
             let inputs = [&[x], &others[..], &[control]].concat();
             (tape.push(Consistency::default(), &inputs)?, vec![others[0]])
+        }
+        "multitask_loss" => {
+            let op = MultitaskLoss {
+                mask: true,
+                classification: Some(0.2),
+                consistency: Some(Tie {
+                    weight: 1.0,
+                    stop_classifier: false,
+                    stop_mask: false,
+                }),
+            };
+            let dice = images(tape, "dice", 1);
+            let moments = images(tape, "moments", features::Moments::COUNT);
+            let names = ["perimeter", "weight", "logit", "label", "class_weight"];
+            let [perimeter, weight, logit, label, class_weight] =
+                names.map(|name| images(tape, name, 1));
+            let vector = Shape::per_channel(4);
+            let [w, bias, mean, sd] = [
+                ("prior", vector),
+                ("bias", Shape::SCALAR),
+                ("mean", vector),
+                ("sd", vector),
+            ]
+            .map(|(name, shape)| tape.input(name, shape));
+            let control = controls(tape);
+            let inputs = [
+                x,
+                dice,
+                moments,
+                perimeter,
+                weight,
+                logit,
+                label,
+                class_weight,
+                w,
+                bias,
+                mean,
+                sd,
+                control,
+            ];
+            let total = tape.push_all(op, &inputs)?[0];
+            (total, vec![dice, moments, perimeter, logit, w, bias])
         }
         "mask_head" => {
             let truth = data(tape, "truth");

@@ -4,14 +4,12 @@
 use crate::error::Result;
 use crate::loss::{Loss, Prior, Targets, Terms, Tie};
 use crate::nn::Logits;
-use crate::ops::consistency::Consistency;
 use crate::ops::control;
-use crate::ops::losses::{BceWithLogits, SoftDice, WeightedMean};
+use crate::ops::losses::{BceWithLogits, SoftDice};
 use crate::ops::moments::Moments;
+use crate::ops::multitask_loss::{self, MultitaskLoss};
 use crate::ops::perimeter::Perimeter;
-use crate::ops::pointwise::{Add, Scale, Sigmoid};
-use crate::ops::prior;
-use crate::ops::shape_features::ShapeFeatures;
+use crate::ops::pointwise::{Scale, Sigmoid};
 use crate::tape::{Tape, Var};
 use crate::tensor::Shape;
 
@@ -107,7 +105,7 @@ pub fn fused(masks: Shape) -> Result<Block> {
 pub fn unfused(masks: Shape) -> Result<Block> {
     let mut tape = Tape::new();
     let inputs = Inputs::record(&mut tape, masks);
-    let (z, l, targets) = (inputs.mask, inputs.malignancy, inputs.targets);
+    let (z, targets) = (inputs.mask, inputs.targets);
     let t = &mut tape;
     let plain = t.push(Sigmoid, &[z])?;
     let sharp = t.push(Scale { factor: KAPPA }, &[z])?;
@@ -117,39 +115,34 @@ pub fn unfused(masks: Shape) -> Result<Block> {
     let moments = t.push(Moments, &[sharp])?;
     let perimeter = t.push(Perimeter, &[sharp])?;
 
-    let shape = t.push_all(ShapeFeatures, &[moments, perimeter])?;
-    let (features, measurable, confidence) = (shape[0], shape[1], shape[2]);
-    let Prior {
-        weight,
-        bias,
-        mean,
-        sd,
-    } = inputs.prior;
-    let phi = t.push(prior::Prior, &[features, weight, bias, mean, sd])?;
-    let p = t.push(Sigmoid, &[l])?;
-    let tied = [
-        p,
-        phi,
-        measurable,
-        confidence,
-        targets.weights,
-        targets.control,
-    ];
-    let consistency = t.push(Consistency::default(), &tied)?;
-    let classification = t.push(BceWithLogits, &[l, targets.labels])?;
-
-    let mut total = t.push(WeightedMean, &[cross_entropy, targets.weights])?;
-    let dice = t.push(WeightedMean, &[dice, targets.weights])?;
-    let classification = t.push(WeightedMean, &[classification, targets.class_weights])?;
-    let parts = [
-        (dice, 1.0),
-        (classification, CLASSIFICATION),
-        (consistency, CONSISTENCY),
-    ];
-    for (part, factor) in parts {
-        let part = t.push(Scale { factor }, &[part])?;
-        total = t.push(Add, &[total, part])?;
-    }
+    let prior = inputs.prior;
+    let op = MultitaskLoss {
+        mask: true,
+        classification: Some(CLASSIFICATION),
+        consistency: Some(multitask_loss::Tie {
+            weight: CONSISTENCY,
+            stop_classifier: false,
+            stop_mask: false,
+        }),
+    };
+    let total = op.compose(
+        t,
+        &[
+            cross_entropy,
+            dice,
+            moments,
+            perimeter,
+            targets.weights,
+            inputs.malignancy,
+            targets.labels,
+            targets.class_weights,
+            prior.weight,
+            prior.bias,
+            prior.mean,
+            prior.sd,
+            targets.control,
+        ],
+    )?[0];
     inputs.differentiate(tape, total)
 }
 
