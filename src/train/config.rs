@@ -624,7 +624,6 @@ mod tests {
                 "efficientnet-b2",
                 "model.kind: unknown variant `efficientnet-b2`",
             ),
-            ("device", "cuda", "device: expected cpu, found cuda"),
             ("fold", "5", "fold: expected 0 to 4, found 5"),
             (
                 "size",
