@@ -127,7 +127,7 @@ adamw(const Chunk* chunks, const float* norm, const float* control, int step, in
     for (unsigned i = threadIdx.x * n; i < chunk.len; i += kThreads * n) {
         if (aligned && i + n <= chunk.len) {
             using Four = Vector<float, n>;
-            auto at = [i](auto* x) { return reinterpret_cast<Four*>(x + i); };
+            auto at = [i](float* x) { return reinterpret_cast<Four*>(x + i); };
             Four p = *at(chunk.value), a = {};
             if (averaged) a = *at(chunk.average);
             if (learned) {
