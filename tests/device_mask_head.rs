@@ -100,7 +100,7 @@ impl Inputs {
     }
 
     fn kernel(&self, name: &str) -> String {
-        let any = !self.shape.w.is_multiple_of(8) || self.offset % 8 != 0;
+        let any = !self.shape.w.is_multiple_of(8) || !self.offset.is_multiple_of(8);
         let kind = if self.narrow { "bf16" } else { "f32" };
         format!("{name}{}_{kind}", if any { "_any" } else { "" })
     }

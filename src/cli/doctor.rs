@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::device::cpu;
 use crate::device::gpu::Gpu;
 use crate::device::simd::Level;
 use crate::train::config::Device;
@@ -140,7 +141,7 @@ impl Report {
         let cpu = Cpu {
             model: processor(),
             threads: rayon::current_num_threads(),
-            memory: memory(),
+            memory: cpu::memory(),
             instruction_sets: levels.collect(),
             instruction_set: Level::current().name(),
         };
@@ -330,12 +331,6 @@ fn field(file: &str, key: &str) -> Option<String> {
 
 fn processor() -> String {
     field("/proc/cpuinfo", "model name").unwrap_or_else(|| env::consts::ARCH.to_owned())
-}
-
-/// Bytes of main memory.
-fn memory() -> Option<u64> {
-    let text = field("/proc/meminfo", "MemTotal")?;
-    Some(text.strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
 /// The compiler that the emulator would be built with.

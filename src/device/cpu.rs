@@ -237,6 +237,32 @@ impl<T: Element> Session<T> {
     }
 }
 
+/// Bytes of this machine's main memory, where the system tells.
+pub fn memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes << 10)
+}
+
+/// Refuses what the machine cannot hold: a system that promises more memory than it has would end the
+/// program once it is used.
+pub(crate) fn check_memory(bytes: usize) -> Result<()> {
+    match memory() {
+        Some(memory) if bytes as u64 > memory => {
+            let problem = format!(
+                "expected at most this machine's {} MiB, found a need of {} MiB",
+                memory >> 20,
+                bytes >> 20
+            );
+            Err(Error::argument("memory", problem))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Zeroed memory, in large pages where the system has them: a network's tensors span so many small ones
 /// that looking up their addresses would cost time. Pages that are never touched cost nothing.
 struct Arena<T> {
@@ -247,6 +273,7 @@ struct Arena<T> {
 impl<T: Real> Arena<T> {
     fn new(len: usize) -> Result<Self> {
         let bytes = len.max(1).saturating_mul(size_of::<T>());
+        check_memory(bytes)?;
         let map = MmapMut::map_anon(bytes).map_err(|e| {
             let problem = format!("cannot reserve {} MiB for this plan: {e}", bytes >> 20);
             Error::argument("memory", problem)

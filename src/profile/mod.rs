@@ -193,11 +193,11 @@ fn fill(value: &Value) -> Vec<f32> {
     (0..shape.len()).map(element).collect()
 }
 
-/// Values that are written before a replay.
-fn persistent(plan: &Plan, tape: &Tape) -> Vec<(Var, Vec<f32>)> {
+/// What is written before a replay, one value after the other.
+fn persistent(tape: &Tape) -> impl Iterator<Item = (Var, Vec<f32>)> {
     let kinds = [Kind::Input, Kind::Parameter, Kind::State];
     let vars = kinds.into_iter().flat_map(|kind| tape.of_kind(kind));
-    vars.map(|v| (v, fill(&plan.values()[v.index()]))).collect()
+    vars.map(|v| (v, fill(&tape.values()[v.index()])))
 }
 
 fn median(mut times: Vec<f64>) -> f64 {
@@ -219,12 +219,9 @@ fn compare(rows: &mut [Row], roof: &Roof) {
 pub fn on_cpu(title: &str, tape: &Tape, settings: Settings, roof: &Roof) -> Result<Profile> {
     let plan = Plan::new(tape, Options::default())?;
     let mut rows = rows(&plan);
-    let written = persistent(&plan, tape);
     let arena_bytes = plan.len() * size_of::<f32>();
     let mut session = cpu::Session::<f32>::new(plan)?;
-    written
-        .iter()
-        .for_each(|(var, values)| session.write(*var, values));
+    persistent(tape).for_each(|(var, values)| session.write(var, &values));
     session.run();
     let mut times = vec![Vec::new(); rows.len()];
     for _ in 0..settings.iterations {
@@ -267,10 +264,9 @@ pub fn on_gpu(
 ) -> Result<Profile> {
     let plan = Plan::new(tape, Options::gpu(settings.narrow))?;
     let mut rows = rows(&plan);
-    let written = persistent(&plan, tape);
     let mut session = gpu::Session::new(gpu, plan)?;
-    for (var, values) in &written {
-        session.write(*var, values)?;
+    for (var, values) in persistent(tape) {
+        session.write(var, &values)?;
     }
     session.run()?;
     gpu.synchronize()?;

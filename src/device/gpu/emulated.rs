@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::launch::Grid;
 use super::{Description, End, Function};
+use crate::device::cpu::check_memory;
 use crate::device::emulator::{self, Buffer};
 use crate::error::{Error, Result};
 
@@ -68,6 +69,7 @@ impl End for Emulator {
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
+        check_memory(bytes)?;
         let buffer = Buffer::new(bytes)?;
         let address = buffer.address() as u64;
         self.state().memory.insert(address, buffer);
