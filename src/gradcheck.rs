@@ -16,9 +16,10 @@ use serde::Serialize;
 use crate::device::cpu::{Element, Session};
 use crate::device::gpu::{self, Gpu};
 use crate::error::{Error, Result};
-use crate::ops::Entry;
 use crate::ops::pointwise::StopGradient;
-use crate::tape::{Options, Plan, Tape, Var};
+use crate::ops::{Entry, control};
+use crate::optim::{AdamW, Rule};
+use crate::tape::{Kind, Options, Plan, Tape, Var};
 use crate::tensor::Shape;
 
 /// Relative tolerance between the recorded and the numeric derivative.
@@ -30,6 +31,8 @@ pub const FLOOR: f64 = 1e-3;
 pub const DEVICE_TOLERANCE: f64 = 1e-5;
 /// What rounding to bf16 may add to that, as a share of the element itself.
 pub const NARROW_TOLERANCE: f64 = 1.0 / 256.0;
+/// On devices one case in as many is large.
+const LARGE: u64 = 5;
 /// Elements of one input that are perturbed at most; larger inputs are sampled.
 const PROBES: usize = 48;
 
@@ -261,6 +264,24 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Takes a tensor that a device `found` into account; it may be off by [`DEVICE_TOLERANCE`] of the largest
+    /// element and `rounding` of each element itself.
+    fn compare(&mut self, input: &'static str, found: &[f32], expected: &[f64], rounding: f64) {
+        let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+        for (element, (&found, &numeric)) in found.iter().zip(expected).enumerate() {
+            let analytic = f64::from(found);
+            let scale = largest + rounding / DEVICE_TOLERANCE * numeric.abs();
+            let error = (analytic - numeric).abs();
+            self.add(error, scale, DEVICE_TOLERANCE, || Mismatch {
+                input,
+                element,
+                analytic,
+                numeric,
+                largest,
+            });
+        }
+    }
+
     /// Takes one comparison into account, whose error may be `tolerance` times `scale`.
     fn add(&mut self, error: f64, scale: f64, tolerance: f64, mismatch: impl FnOnce() -> Mismatch) {
         let ratio = if error == 0.0 { 0.0 } else { error / scale };
@@ -490,7 +511,11 @@ pub fn check_on(gpu: &Gpu, case: &Case, seed: u64, narrow: bool) -> Result<Outco
     let mut d = differentiate(case)?;
     d.outputs.iter().for_each(|&y| d.tape.keep(y));
     let mut reference = session::<f64>(case, &d, seed, Options::default())?;
-    let plan = Plan::new(&d.tape, Options::gpu(narrow))?;
+    let options = Options {
+        gaps: true,
+        ..Options::gpu(narrow)
+    };
+    let plan = Plan::new(&d.tape, options)?;
     let mut device = gpu::Session::new(gpu, plan)?;
     for &var in d.inputs.iter().chain(&d.seeds) {
         let stored_narrow = device.plan().slot(var).narrow;
@@ -510,17 +535,21 @@ pub fn check_on(gpu: &Gpu, case: &Case, seed: u64, narrow: bool) -> Result<Outco
     let gradients = gradients.filter_map(|(input, g)| Some((input.name, (*g)?)));
     let outputs = d.outputs.iter().map(|&y| ("output", y));
     let compared: Vec<(&'static str, Var)> = outputs.chain(gradients).collect();
-    let all = |device: &gpu::Session| -> Result<Vec<Vec<f32>>> {
+    // Before each replay nothing of the last one is left, and none may write between the values.
+    let mut replay = |run: &dyn Fn(&mut gpu::Session) -> Result<()>| -> Result<Vec<Vec<f32>>> {
+        device.poison()?;
+        run(&mut device)?;
+        if !device.is_intact()? {
+            let problem = format!("writes outside of its values ({})", case.description);
+            return Err(Error::device("gradcheck", problem));
+        }
         compared.iter().map(|&(_, var)| device.read(var)).collect()
     };
     gpu.reorder(seed);
-    device.run()?;
-    let found = all(&device)?;
+    let found = replay(&|device| device.run())?;
     gpu.reorder(!seed);
-    device.run()?;
-    let again = all(&device)?;
-    device.capture()?.replay()?;
-    let replayed = all(&device)?;
+    let again = replay(&|device| device.run())?;
+    let replayed = replay(&|device| device.capture()?.replay())?;
     let bits = |x: &[Vec<f32>]| x.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
     for (other, what) in [(again, "a second run"), (replayed, "a captured graph")] {
         if bits(&found) != bits(&other) {
@@ -531,25 +560,12 @@ pub fn check_on(gpu: &Gpu, case: &Case, seed: u64, narrow: bool) -> Result<Outco
 
     let mut outcome = Outcome::default();
     for (&(input, var), found) in compared.iter().zip(&found) {
-        let expected = reference.read(var);
-        let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
         let rounding = if device.plan().slot(var).narrow {
             NARROW_TOLERANCE
         } else {
             0.0
         };
-        for (element, (&found, &expected)) in found.iter().zip(expected).enumerate() {
-            let analytic = f64::from(found);
-            let error = (analytic - expected).abs();
-            let scale = largest + rounding / DEVICE_TOLERANCE * expected.abs();
-            outcome.add(error, scale, DEVICE_TOLERANCE, || Mismatch {
-                input,
-                element,
-                analytic,
-                numeric: expected,
-                largest,
-            });
-        }
+        outcome.compare(input, found, reference.read(var), rounding);
     }
     Ok(outcome)
 }
@@ -605,7 +621,14 @@ pub fn check_operation(entry: &Entry, seed: u64, cases: u64, gpu: Option<&Gpu>) 
         failures: Vec::new(),
     };
     for seed in (0..cases).map(|i| seed.wrapping_add(i)) {
-        let case = (entry.case)(&mut Sampler::new(seed));
+        // A kernel's last block, strip or chunk is another one than its first.
+        let large = gpu.is_some() && seed % LARGE == LARGE - 1;
+        let mut sampler = if large {
+            Sampler::large(seed)
+        } else {
+            Sampler::new(seed)
+        };
+        let case = (entry.case)(&mut sampler);
         let activations = case.inputs.iter().any(|input| input.narrow);
         let storages: &[bool] = match gpu {
             Some(gpu) if gpu.has_bf16() && activations => &[false, true],
@@ -623,6 +646,8 @@ pub fn check_operation(entry: &Entry, seed: u64, cases: u64, gpu: Option<&Gpu>) 
                     outcome.mismatch.map(Problem::Mismatch)
                 }
                 Err(error @ Error::Device { .. }) => Some(Problem::Error(error.to_string())),
+                // A kernel that is there failed already: that counts.
+                Err(Error::NoKernel { .. }) if !report.failures.is_empty() => None,
                 Err(other) => return Err(other),
             };
             if let Some(problem) = problem {
@@ -636,4 +661,147 @@ pub fn check_operation(entry: &Entry, seed: u64, cases: u64, gpu: Option<&Gpu>) 
         }
     }
     Ok(report)
+}
+
+/// Checks the optimizer's kernels on a device: the parameters, moments and averages after several steps
+/// that `seed` draws, one of which has an infinite gradient, against the CPU's in `f64`.
+///
+/// # Errors
+/// As [`check_on`].
+pub fn check_optimizer(gpu: &Gpu, seed: u64) -> Result<Report> {
+    let mut sampler = Sampler::new(seed);
+    let mut tape = Tape::new();
+    let control = tape.input("control", Shape::per_channel(control::LEN));
+    let loss = tape.input("loss", Shape::SCALAR);
+    // One element, an odd number, and several chunks with a tail.
+    let shapes = [1, 33, 20_003].map(Shape::per_channel);
+    let parameters = shapes.map(|shape| tape.parameter(&format!("p{}", shape.c), shape));
+    let gradients = shapes.map(|shape| tape.input("gradient", shape));
+    let statistics = [tape.state("statistics", Shape::per_channel(77))];
+    let adamw = AdamW {
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.05,
+        clip: 10.0,
+        rules: (0..shapes.len())
+            .map(|i| Rule {
+                decay: i != 1,
+                nonnegative: i == 1,
+            })
+            .collect(),
+    };
+    adamw.record(
+        &mut tape,
+        control,
+        loss,
+        &parameters,
+        &gradients,
+        Some(&statistics),
+    )?;
+    let mut cpu = Session::<f64>::new(Plan::new(&tape, Options::default())?)?;
+    let mut device = gpu::Session::new(gpu, Plan::new(&tape, Options::gpu(true))?)?;
+    let mut draw = |var: Var, size: f64| -> (Var, Vec<f32>) {
+        let values = sampler.values(tape.shape(var).len(), -size, size);
+        (var, values.into_iter().map(|x| x as f32).collect())
+    };
+    let starts = parameters.iter().chain(&statistics);
+    let mut written: Vec<(Var, Vec<f32>)> = starts.map(|&var| draw(var, 1.0)).collect();
+    for step in 1u8..=5 {
+        written.push((control, vec![f32::from(step), 0.01, 0.0, 0.9]));
+        written.push((loss, vec![0.5]));
+        for gradient in gradients {
+            // Norms below and above the limit.
+            let (var, mut values) = draw(gradient, [0.01, 1.0][usize::from(step % 2)]);
+            if step == 3 {
+                values[0] = f32::INFINITY;
+            }
+            written.push((var, values));
+        }
+        for (var, values) in written.drain(..) {
+            let wide: Vec<f64> = values.iter().map(|&x| x.into()).collect();
+            cpu.write(var, &wide);
+            device.write(var, &values)?;
+        }
+        cpu.run();
+        device.run()?;
+    }
+    let mut outcome = Outcome::default();
+    let persistent = [Kind::Parameter, Kind::State].map(|kind| tape.of_kind(kind));
+    for var in persistent.into_iter().flatten() {
+        let (found, expected) = (device.read(var)?, cpu.read(var));
+        outcome.compare("output", &found, expected, 0.0);
+    }
+    let problem = outcome.mismatch.map(Problem::Mismatch);
+    Ok(Report {
+        op: "adamw",
+        cases: 1,
+        compared: outcome.compared,
+        worst: outcome.worst,
+        failures: problem
+            .into_iter()
+            .map(|problem| Failure {
+                seed,
+                description: "five steps".into(),
+                problem,
+            })
+            .collect(),
+    })
+}
+
+#[cfg(all(test, echograd_emulator))]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Io;
+    use crate::device::gpu::launch::{Launches, Stored, kernel};
+    use crate::ops::{Kernel, Op, pointwise};
+    use crate::tensor::Real;
+
+    /// Ones; on devices, one too many.
+    #[derive(Debug)]
+    struct Overrun;
+
+    kernel! {
+        struct Fill = "fill" { y: Stored, len: u64, value: f32 }
+    }
+
+    impl<T: Real> Kernel<T> for Overrun {
+        fn run(&self, io: &mut Io<'_, T>) {
+            io.output(0).fill(T::one());
+        }
+    }
+
+    impl Op for Overrun {
+        fn name(&self) -> &'static str {
+            "overrun"
+        }
+        fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+            Ok(inputs.to_vec())
+        }
+        fn backward(&self, _: &mut crate::tape::Backward<'_>) -> Result<()> {
+            Ok(())
+        }
+        fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+            let (y, len) = (at.output(0), at.output_shape(0).len() + 1);
+            let arguments = Fill {
+                y: y.into(),
+                len: len as u64,
+                value: 1.0,
+            };
+            at.launch(pointwise::grid(len, y), &arguments)
+        }
+    }
+
+    #[test]
+    fn writing_between_values_is_noticed() {
+        // A multiple of the arena's alignment, so that the element behind belongs to somebody.
+        let case = Case::new("one element too many", |t, v| Ok(vec![t.push(Overrun, v)?]));
+        let case = case.with_constant("x", Shape::per_channel(64), vec![1.0; 64]);
+        let gpu = Gpu::emulator().unwrap();
+        let problem = check_on(&gpu, &case, 0, false).unwrap_err().to_string();
+        assert!(
+            problem.contains("writes outside of its values"),
+            "{problem}"
+        );
+    }
 }

@@ -15,6 +15,31 @@ use echograd::{Error, Result};
 /// Random problems of each operation and storage.
 const CASES: u64 = 12;
 
+/// Operations that have kernels, in the order of the registry.
+const WITH_KERNELS: [&str; 21] = [
+    "add",
+    "mul",
+    "scale",
+    "bias_add",
+    "relu",
+    "add_relu",
+    "silu",
+    "sigmoid",
+    "dropout",
+    "concat",
+    "bce_with_logits",
+    "soft_dice",
+    "mse",
+    "weighted_mean",
+    "moments",
+    "perimeter",
+    "shape_features",
+    "prior",
+    "consistency",
+    "mask_head",
+    "multitask_loss",
+];
+
 #[test]
 fn kernels_agree_with_the_cpu() {
     let mut checked = Vec::new();
@@ -35,7 +60,14 @@ fn kernels_agree_with_the_cpu() {
             Err(problem) => panic!("{}: {problem}", entry.name),
         }
     }
-    assert!(checked.contains(&"scale"), "{checked:?}");
+    assert_eq!(checked, WITH_KERNELS);
+}
+
+#[test]
+fn the_optimizer_agrees_with_the_cpu() {
+    let report = gradcheck::check_optimizer(&Gpu::emulator().unwrap(), 3).unwrap();
+    assert!(report.failures.is_empty(), "{:#?}", report.failures);
+    assert!(report.compared > 4 * 20_000);
 }
 
 #[test]
@@ -121,7 +153,7 @@ fn a_graph_keeps_its_memory_and_sees_new_inputs() {
 #[test]
 fn every_launch_can_be_timed() {
     let mut session = session("scale", Shape::new(2, 3, 5, 7)).unwrap();
-    let timed = session.run_timed().unwrap();
+    let timed = session.run_timed(|| Ok(())).unwrap();
     assert_eq!(timed.len(), session.launches().len());
     assert!(timed.iter().all(|t| t.start >= 0.0 && t.time >= 0.0));
 }

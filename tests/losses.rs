@@ -33,7 +33,6 @@ const WEIGHT: usize = 4;
 const LOGIT: usize = 5;
 const CLASS_WEIGHT: usize = 7;
 const PRIOR: usize = 8;
-const CONTROL: usize = 12;
 
 impl Problem {
     fn draw(seed: u64, n: usize) -> Self {
@@ -531,7 +530,7 @@ mod emulated {
         }
         assert_eq!(run(&problem), found);
 
-        problem.inputs[CONTROL].values[control::RAMP] = 1.0;
+        problem.inputs[PRIOR + 4].values[control::RAMP] = 1.0;
         for image in 0..4 {
             problem.inputs[MOMENTS].values[7 * image] = 31.9;
         }

@@ -9,7 +9,9 @@ use serde::Serialize;
 use super::progress::Console;
 use crate::device::gpu::Gpu;
 use crate::error::{Error, Result};
-use crate::gradcheck::{DEVICE_TOLERANCE, Problem, Report, TOLERANCE, check_operation};
+use crate::gradcheck::{
+    DEVICE_TOLERANCE, Problem, Report, TOLERANCE, check_operation, check_optimizer,
+};
 use crate::ops::{Entry, registry};
 use crate::train::config::Device;
 use crate::train::{Report as _, stop};
@@ -21,7 +23,7 @@ use crate::train::{Report as _, stop};
 /// thousandth of the largest one. On another device the same problems are run by its kernels, in f32 and in bf16, and
 /// every output and gradient is compared with the CPU's in double precision; a second run and a captured graph must give
 /// the same bits. The last line counts the operations that passed and failed; those that the device has no kernels for
-/// are listed before it.
+/// are listed before it; the optimizer, which has no gradient, is run for several steps there.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Where to run the operations
@@ -126,6 +128,9 @@ impl Args {
                 Ok(report) => reports.push(report),
                 Err(name) => missing.push(name),
             }
+        }
+        if let (Some(gpu), None) = (&gpu, &self.op) {
+            reports.push(check_optimizer(gpu, self.seed)?);
         }
         drop(console);
         let failed = reports.iter().filter(|r| !r.failures.is_empty()).count();

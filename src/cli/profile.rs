@@ -247,8 +247,7 @@ impl Args {
             .filter_map(|(key, value)| Some((key.to_owned(), value?)));
         let settings: Vec<(String, String)> = flags.chain(self.set.iter().cloned()).collect();
         let config = Config::load(None, &settings)?;
-        let mut step = TrainingStep::record(&config, config.arm == Arm::Consistency)?;
-        step.tape.narrow(step.images);
+        let step = TrainingStep::record(&config, config.arm == Arm::Consistency)?;
         let title = format!(
             "training step, {}, {} images of {}²",
             super::name_of(&config.preset),
@@ -370,6 +369,14 @@ fn print(profile: &Profile, roof: Option<&Roof>, step: bool) -> Result<()> {
         flops,
         roofline,
     };
+    if let Some(deviation) = profile.deviation {
+        outln!(
+            "results within {deviation:.0e} of the processor's, relative to each tensor's largest"
+        );
+    }
+    if let Some(seconds) = profile.graph_seconds {
+        outln!("as one graph {}", time(seconds));
+    }
     line.print(
         "all",
         &format!("{:.1} MiB", profile.arena_bytes as f64 / f64::from(1 << 20)),

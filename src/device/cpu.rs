@@ -6,7 +6,7 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::ops::{Kernel, Op};
-use crate::tape::{Kind, Plan, PlannedStep, Slot, Var};
+use crate::tape::{Kind, Plan, PlannedStep, Slot, Target, Var};
 use crate::tensor::{Real, Shape};
 
 /// An element type for which operations have kernels.
@@ -132,8 +132,16 @@ impl<T: Element> Session<T> {
     /// Allocates the arena; all values start as zeros.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is not enough memory.
+    /// [`Error::Argument`] if there is not enough memory, or the plan is one for a GPU.
     pub fn new(plan: Plan) -> Result<Self> {
+        if plan.target() != Target::Cpu {
+            let problem = format!(
+                "expected one for {:?}, found {:?}",
+                Target::Cpu,
+                plan.target()
+            );
+            return Err(Error::argument("plan", problem));
+        }
         let arena = Arena::new(plan.len())?;
         let outputs = plan
             .steps()

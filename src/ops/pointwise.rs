@@ -47,7 +47,7 @@ pub(super) fn grid_of_moves(moves: usize) -> Grid {
 }
 
 /// Blocks for `len` elements stored as those of `pointer`.
-pub(super) fn grid(len: usize, pointer: Pointer) -> Grid {
+pub(crate) fn grid(len: usize, pointer: Pointer) -> Grid {
     grid_of_moves(len.div_ceil(width(pointer.is_narrow())))
 }
 

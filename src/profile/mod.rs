@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::device::cpu;
 use crate::device::gpu::{self, Gpu};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::control;
 use crate::tape::{Kind, Options, Plan, Tape, Value, Var};
 
@@ -96,6 +96,11 @@ pub struct Profile {
     pub rows: Vec<Row>,
     /// Bytes of the arena.
     pub arena_bytes: usize,
+    /// Seconds of one replay as a captured graph, from its first launch to its last, the median (GPUs).
+    pub graph_seconds: Option<f64>,
+    /// Largest distance of a kept result from the processor's, as a share of the largest element of its tensor
+    /// (GPUs and the emulator).
+    pub deviation: Option<f64>,
 }
 
 impl Profile {
@@ -200,6 +205,38 @@ fn persistent(tape: &Tape) -> impl Iterator<Item = (Var, Vec<f32>)> {
     vars.map(|v| (v, fill(&tape.values()[v.index()])))
 }
 
+/// Largest distance of the kept results from those of the processor on the same rounded inputs, as a share
+/// of the tensor's largest element.
+fn deviation(session: &gpu::Session, tape: &Tape) -> Result<f64> {
+    let mut reference = cpu::Session::<f32>::new(Plan::new(tape, Options::default())?)?;
+    for (var, mut values) in persistent(tape) {
+        if session.plan().slot(var).narrow {
+            let round = |x: &mut f32| *x = half::bf16::from_f32(*x).to_f32();
+            values.iter_mut().for_each(round);
+        }
+        reference.write(var, &values);
+    }
+    reference.run();
+    let mut worst = 0.0f64;
+    for var in tape.of_kind(Kind::Computed) {
+        if !tape.values()[var.index()].kept {
+            continue;
+        }
+        let (found, expected) = (session.read(var)?, reference.read(var));
+        let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        for (a, b) in found.iter().zip(expected) {
+            let error = if a == b {
+                0.0
+            } else {
+                f64::from((a - b).abs() / largest)
+            };
+            // Keeps a NaN.
+            worst = if error <= worst { worst } else { error };
+        }
+    }
+    Ok(worst)
+}
+
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
@@ -246,15 +283,17 @@ pub fn on_cpu(title: &str, tape: &Tape, settings: Settings, roof: &Roof) -> Resu
         title: title.to_owned(),
         rows,
         arena_bytes,
+        graph_seconds: None,
+        deviation: None,
     })
 }
 
 /// Measures a tape on a GPU, its caches emptied before each replay. On the emulator one replay shows what
-/// would be launched, without times (`roof` is none).
+/// would be launched, without times (`roof` is none). The results are compared with the processor's first.
 ///
 /// # Errors
-/// [`crate::Error::NoKernel`] if an operation has no kernel, [`crate::Error::Device`] if there is not
-/// enough memory or a kernel did something wrong.
+/// [`Error::NoKernel`] if an operation has no kernel, [`Error::Device`] if there is not enough memory, a
+/// kernel did something wrong, or results differ.
 pub fn on_gpu(
     title: &str,
     tape: &Tape,
@@ -269,7 +308,15 @@ pub fn on_gpu(
         session.write(var, &values)?;
     }
     session.run()?;
-    gpu.synchronize()?;
+    let deviation = deviation(&session, tape)?;
+    let most = if settings.narrow { 0.03 } else { 1e-3 };
+    if deviation.is_nan() || deviation > most {
+        let problem = format!(
+            "results off the processor's by {deviation:.1e} of the largest, expected at most {most:.0e}"
+        );
+        return Err(Error::device(title, problem));
+    }
+    let mut graph_seconds = None;
     let device = gpu.description();
     for launch in session.launches() {
         let (function, grid) = (&launch.function, launch.grid);
@@ -290,11 +337,13 @@ pub fn on_gpu(
     }
     if let Some(roof) = roof {
         let flush = gpu.memory(2 * device.l2 as usize)?;
-        let mut times = vec![Vec::new(); session.launches().len()];
-        let mut last = vec![None; times.len()];
+        let launches = session.launches().len();
+        let mut times = vec![Vec::new(); launches];
+        let mut last = vec![None; launches];
+        // The host queues a launch in less time than a clear takes.
+        let ahead = || (0..4 + launches / 4).try_for_each(|_| flush.clear());
         for _ in 0..settings.iterations {
-            flush.clear()?;
-            let timed = session.run_timed()?;
+            let timed = session.run_timed(ahead)?;
             for ((times, last), timed) in times.iter_mut().zip(&mut last).zip(timed) {
                 let (start, seconds) =
                     (1e-3 * f64::from(timed.start), 1e-3 * f64::from(timed.time));
@@ -310,10 +359,17 @@ pub fn on_gpu(
             row.seconds = row.kernels.iter().map(|kernel| kernel.seconds).sum();
         }
         compare(&mut rows, roof);
+        let graph = session.capture()?;
+        let times: Result<Vec<f64>> = (0..settings.iterations)
+            .map(|_| Ok(1e-3 * f64::from(graph.time(ahead)?)))
+            .collect();
+        graph_seconds = Some(median(times?));
     }
     Ok(Profile {
         title: title.to_owned(),
         rows,
         arena_bytes: session.bytes(),
+        graph_seconds,
+        deviation: Some(deviation),
     })
 }

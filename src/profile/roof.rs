@@ -8,6 +8,7 @@ use crate::device::gpu::Gpu;
 use crate::device::gpu::launch::{Full, Grid, Stored, kernel};
 use crate::device::simd::{self, Lanes};
 use crate::error::Result;
+use crate::ops::pointwise;
 
 /// What a machine does at best, measured.
 #[derive(Clone, Debug, Serialize)]
@@ -84,8 +85,7 @@ impl Roof {
             y: to.pointer().into(),
             len: elements as u64,
         };
-        // Sixteen bytes a thread of pointwise.cu.
-        let grid = Grid::cover(elements / 4, 256);
+        let grid = pointwise::grid(elements, from.pointer());
         // SAFETY: both buffers hold `elements`.
         let copy = fastest(|| unsafe { gpu.time(grid, &copy, TIMES) })?;
         let blocks = 16 * gpu.description().multiprocessors.max(1);

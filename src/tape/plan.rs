@@ -12,6 +12,9 @@ use crate::tensor::Shape;
 /// Every address is a multiple of this many elements, a cache line of `f32`.
 const ALIGN: usize = 16;
 
+/// Words of a gap behind a value ([`Options::gaps`]).
+const GAP: usize = 4 * ALIGN;
+
 /// How to plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -21,6 +24,9 @@ pub struct Options {
     pub in_place: bool,
     /// What the plan is for.
     pub target: Target,
+    /// Leave a gap behind every value, so that a kernel that writes beyond one is noticed
+    /// ([`crate::gradcheck::check_on`]).
+    pub gaps: bool,
 }
 
 /// What a plan runs on, which decides about working memory and storage.
@@ -55,6 +61,7 @@ impl Default for Options {
             recompute: true,
             in_place: true,
             target: Target::Cpu,
+            gaps: false,
         }
     }
 }
@@ -101,6 +108,7 @@ pub struct Plan {
     steps: Vec<PlannedStep>,
     persistent: usize,
     len: usize,
+    target: Target,
 }
 
 impl Plan {
@@ -126,6 +134,16 @@ impl Plan {
     /// The steps of one replay.
     pub fn steps(&self) -> &[PlannedStep] {
         &self.steps
+    }
+
+    /// What it is for.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// Where each value lies, by [`Var::index`].
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
     }
 
     /// Where a value lies.
@@ -252,12 +270,10 @@ fn aligned(len: usize) -> usize {
 
 fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan> {
     let narrow = |v: &Value| v.narrow && options.target == Target::NarrowGpu;
+    let gap = if options.gaps { GAP } else { 0 };
     let words = |v: &Value| {
-        aligned(if narrow(v) {
-            v.shape.len().div_ceil(2)
-        } else {
-            v.shape.len()
-        })
+        let len = v.shape.len();
+        gap + aligned(if narrow(v) { len.div_ceil(2) } else { len })
     };
     let mut last_use: Vec<usize> = values
         .iter()
@@ -337,7 +353,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
         };
         if len > 0 {
             blocks.push(Block {
-                len: aligned(len),
+                len: gap + aligned(len),
                 first: index,
                 last: index,
                 offset: 0,
@@ -379,7 +395,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
             let shapes = |list: &[(Slot, Shape)]| list.iter().map(|x| x.1).collect::<Vec<_>>();
             let scratch = scratch_of[index].map_or(Slot::default(), |b| Slot {
                 offset: persistent + blocks[b].offset,
-                len: blocks[b].len,
+                len: blocks[b].len - gap,
                 narrow: false,
             });
             PlannedStep {
@@ -401,6 +417,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
         steps,
         persistent,
         len,
+        target: options.target,
     })
 }
 

@@ -72,6 +72,9 @@ impl TrainingStep {
             class_weights: tape.input("class_weights", per_image),
             control: tape.input("control", Shape::per_channel(control::LEN)),
         };
+        // The logits, stored as the images are, are compared with masks stored alike.
+        tape.narrow(images);
+        tape.narrow(targets.masks);
         let control = targets.control;
         let seed = config.seed;
         let mut network = Network::new(&mut tape, Mode::Train { control, seed });

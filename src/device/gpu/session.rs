@@ -1,11 +1,12 @@
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
 
 use super::launch::{Launch, Launches};
 use super::{Event, Gpu, Memory};
-use crate::error::Result;
-use crate::tape::{Kind, Plan, Slot, Var};
+use crate::error::{Error, Result};
+use crate::tape::{Kind, Plan, Slot, Target, Var};
 
 /// Memory and launches for one plan, and their replay.
 pub struct Session {
@@ -22,6 +23,9 @@ struct Buffers {
     _constants: Vec<Memory>,
 }
 
+/// A byte that nobody computes all over: as f32 and bf16 a NaN.
+const POISON: u8 = 0xff;
+
 /// Bytes of an arena's word.
 const WORD: usize = size_of::<f32>();
 
@@ -30,9 +34,17 @@ impl Session {
     /// GPU ([`crate::tape::Options::gpu`]).
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is not enough memory or a kernel cannot be had,
-    /// [`crate::Error::NoKernel`] if an operation has none for GPUs.
+    /// [`Error::Device`] if there is not enough memory or a kernel cannot be had, [`Error::NoKernel`] if
+    /// an operation has none for GPUs, [`Error::Argument`] if the plan is for something else.
     pub fn new(gpu: &Gpu, plan: Plan) -> Result<Self> {
+        if plan.target() == Target::Cpu {
+            let problem = format!(
+                "expected one for {:?}, found {:?}",
+                Target::Gpu,
+                plan.target()
+            );
+            return Err(Error::argument("plan", problem));
+        }
         let arena = gpu.memory(plan.len() * WORD)?;
         let (mut launches, mut constants) = (Vec::new(), Vec::new());
         for (index, step) in plan.steps().iter().enumerate() {
@@ -75,7 +87,7 @@ impl Session {
     /// Writes an input, parameter or state, rounded where it is stored as bf16.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the device refuses, or an earlier kernel failed.
+    /// [`Error::Device`] if the device refuses, or an earlier kernel failed.
     ///
     /// # Panics
     /// If the value is computed by the tape or holds another number of elements.
@@ -96,7 +108,7 @@ impl Session {
     /// The elements of a persistent or kept value, once the replays queued so far are done.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if a kernel failed.
+    /// [`Error::Device`] if a kernel failed.
     ///
     /// # Panics
     /// If the value is neither: its memory may hold something else by now.
@@ -122,20 +134,22 @@ impl Session {
     /// Queues all steps once.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the device refuses a launch.
+    /// [`Error::Device`] if the device refuses a launch.
     pub fn run(&mut self) -> Result<()> {
         queue(&self.gpu, &self.launches)
     }
 
     /// Runs all steps once, each launch between two events, inside ranges named after the steps'
-    /// operations, and returns the time of each.
+    /// operations, and returns the time of each. `ahead` queues work in front that is long enough for the
+    /// launches to be queued meanwhile: otherwise their times contain waiting for the host.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if a kernel failed.
-    pub fn run_timed(&mut self) -> Result<Vec<Timed>> {
+    /// [`Error::Device`] if a kernel failed.
+    pub fn run_timed(&mut self, ahead: impl FnOnce() -> Result<()>) -> Result<Vec<Timed>> {
         let events: Vec<Event<'_>> = (0..=self.launches.len())
             .map(|_| Event::new(&self.gpu))
             .collect::<Result<_>>()?;
+        ahead()?;
         events[0].record()?;
         for (launch, event) in self.launches.iter().zip(&events[1..]) {
             let name = self.plan.steps()[launch.step].op.name();
@@ -158,10 +172,48 @@ impl Session {
             .collect()
     }
 
+    /// The ranges of bytes that values and working memory take up in the arena; whether they persist.
+    fn taken(&self) -> impl Iterator<Item = (Range<usize>, bool)> + '_ {
+        let values = self.plan.values().iter().enumerate().map(|(i, value)| {
+            let persists = value.kind != Kind::Computed;
+            (self.plan.slots()[i], persists)
+        });
+        let scratch = self.plan.steps().iter().map(|step| (step.scratch, false));
+        values.chain(scratch).map(|(slot, persists)| {
+            let bytes = slot.len * if slot.narrow { 2 } else { WORD };
+            let start = slot.offset * WORD;
+            (start..start + bytes, persists)
+        })
+    }
+
+    /// Fills everything but persistent values with bytes 0xFF, which are NaN: results of an earlier replay,
+    /// working memory, and what lies between the values.
+    pub(crate) fn poison(&mut self) -> Result<()> {
+        let arena = &self.memory.arena;
+        let mut bytes = vec![0; arena.bytes()];
+        arena.read(0, &mut bytes)?;
+        let mut poisoned = vec![POISON; bytes.len()];
+        for (range, _) in self.taken().filter(|(_, persists)| *persists) {
+            poisoned[range.clone()].copy_from_slice(&bytes[range]);
+        }
+        arena.write(0, &poisoned)
+    }
+
+    /// Whether everything that belongs to no value is as [`Session::poison`] left it.
+    pub(crate) fn is_intact(&self) -> Result<bool> {
+        let arena = &self.memory.arena;
+        let mut bytes = vec![0; arena.bytes()];
+        arena.read(0, &mut bytes)?;
+        for (range, _) in self.taken() {
+            bytes[range].fill(POISON);
+        }
+        Ok(bytes.iter().all(|&byte| byte == POISON))
+    }
+
     /// Captures one replay.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the device cannot.
+    /// [`Error::Device`] if the device cannot.
     pub fn capture(&self) -> Result<Graph> {
         let mut run = || queue(&self.gpu, &self.launches);
         Ok(Graph {
@@ -208,9 +260,23 @@ impl Graph {
     /// Queues the replay.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the device refuses.
+    /// [`Error::Device`] if the device refuses.
     pub fn replay(&self) -> Result<()> {
         self.gpu.0.replay(self.handle)
+    }
+
+    /// Milliseconds of one replay behind what `ahead` queues ([`Session::run_timed`]).
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a kernel failed.
+    pub fn time(&self, ahead: impl FnOnce() -> Result<()>) -> Result<f32> {
+        let (begin, end) = (Event::new(&self.gpu)?, Event::new(&self.gpu)?);
+        ahead()?;
+        begin.record()?;
+        self.replay()?;
+        end.record()?;
+        self.gpu.synchronize()?;
+        begin.until(&end)
     }
 }
 
