@@ -524,7 +524,8 @@ struct Wants {
 }
 
 struct Nothing;
-impl Arguments for Nothing {
+// SAFETY: the fake driver's kernel takes and touches nothing.
+unsafe impl Arguments for Nothing {
     const KERNEL: &'static str = "fake_shared";
     fn words(&self) -> Vec<Word> {
         Vec::new()
@@ -532,7 +533,8 @@ impl Arguments for Nothing {
 }
 
 struct Copy(Full);
-impl Arguments for Copy {
+// SAFETY: of the wrong length on purpose; refused before anything is launched.
+unsafe impl Arguments for Copy {
     const KERNEL: &'static str = "copy_f32";
     fn words(&self) -> Vec<Word> {
         vec![self.0.word()]
@@ -540,7 +542,8 @@ impl Arguments for Copy {
 }
 
 struct Nowhere(Full);
-impl Arguments for Nowhere {
+// SAFETY: there is no such kernel to be launched.
+unsafe impl Arguments for Nowhere {
     const KERNEL: &'static str = "nowhere_f32";
     fn words(&self) -> Vec<Word> {
         vec![self.0.word()]

@@ -174,14 +174,16 @@ kernel! {
 /// The same kernel for rows that cannot be read 16 bytes at a time.
 struct Any<A>(A);
 
-impl Arguments for Any<BandsKernel> {
+// SAFETY: the kernel takes the same parameters and touches the same memory.
+unsafe impl Arguments for Any<BandsKernel> {
     const KERNEL: &'static str = "mask_head_bands_any";
     fn words(&self) -> Vec<Word> {
         self.0.words()
     }
 }
 
-impl Arguments for Any<GradientKernel> {
+// SAFETY: as above.
+unsafe impl Arguments for Any<GradientKernel> {
     const KERNEL: &'static str = "mask_head_gradient_any";
     fn words(&self) -> Vec<Word> {
         self.0.words()

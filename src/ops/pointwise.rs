@@ -72,7 +72,9 @@ impl<F: Named> Call<F> {
     }
 }
 
-impl<F: Named> Arguments for Call<F> {
+// SAFETY: the two functions below make it: they pass what every kernel of their kind takes, with the length
+// of the step's values; `more` is what the operation that names the kernel says it takes beside.
+unsafe impl<F: Named> Arguments for Call<F> {
     const KERNEL: &'static str = F::KERNEL;
     fn words(&self) -> Vec<Word> {
         self.words.clone()

@@ -9,6 +9,8 @@
 //!   filling of the other, and the caller's memory is free as soon as a call returns.
 //! - A kernel's failure shows at whatever waits for it, and ends all work of the process on the GPU; from
 //!   then on every call returns the first failure.
+//! - While a thread captures a graph, the stream takes that thread's launches and nothing else: other
+//!   calls are refused, and memory that is given back is freed when the capture has ended.
 
 pub(crate) mod compile;
 pub(crate) mod library;
@@ -17,8 +19,10 @@ mod nvtx;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
+use std::thread::{self, ThreadId};
 
 use cudarc::driver::sys;
 use sys::CUfunction_attribute as Attribute;
@@ -37,7 +41,7 @@ const PIECE: usize = 4 << 20;
 /// Shared memory of a block that needs no leave.
 const SHARED: u32 = 48 << 10;
 
-type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> c_int;
+type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> Answer;
 type Parameter = unsafe extern "C" fn(sys::CUfunction, usize, *mut usize, *mut usize) -> c_int;
 
 pub(super) struct Driver {
@@ -52,7 +56,11 @@ pub(super) struct Driver {
     parameter: Option<Parameter>,
     staging: Mutex<Staging>,
     kernels: Mutex<Kernels>,
-    capturing: AtomicBool,
+    /// The thread that captures a graph. Calls hold it as long as they use the stream, so that a capture
+    /// begins between them.
+    capturing: RwLock<Option<ThreadId>>,
+    /// Memory that was given back during a capture.
+    given_back: Mutex<Vec<u64>>,
     /// Whether a launch returns when the kernel is done, and with its error.
     blocking: bool,
     last: Mutex<Option<Arc<str>>>,
@@ -85,6 +93,13 @@ struct Kernels {
     functions: HashMap<String, Function>,
     /// Shared memory that a function has leave for, where that is more than usual.
     shared: HashMap<u64, u32>,
+}
+
+/// Leave to use the stream; what it holds is `Driver::capturing`.
+type Turn<'a> = RwLockReadGuard<'a, Option<ThreadId>>;
+
+fn captured(doing: &str) -> Error {
+    problem(format!("{doing}: not while a graph is captured"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -134,7 +149,8 @@ impl Driver {
                 next: 0,
             }),
             kernels: Mutex::default(),
-            capturing: AtomicBool::new(false),
+            capturing: RwLock::default(),
+            given_back: Mutex::default(),
             blocking: std::env::var("CUDA_LAUNCH_BLOCKING").is_ok_and(|value| value == "1"),
             last: Mutex::default(),
             failure: OnceLock::new(),
@@ -159,17 +175,56 @@ impl Driver {
         Ok(driver)
     }
 
-    /// Makes the context current; nothing but a graph's own launches may come while one is captured.
-    fn enter(&self, doing: &str) -> Result<()> {
-        if self.capturing.load(Ordering::Relaxed) {
-            return Err(problem(format!("{doing}: not while a graph is captured")));
+    /// Makes the context current; as long as the guard lives, no capture begins.
+    fn enter(&self, doing: &str) -> Result<Turn<'_>> {
+        let turn = self.turn();
+        if turn.is_some() {
+            return Err(captured(doing));
         }
-        self.bind(doing)
+        self.bind(doing)?;
+        Ok(turn)
+    }
+
+    /// As [`Driver::enter`], for what a graph can hold: the thread that captures may do it too.
+    fn enter_or_capture(&self, doing: &str) -> Result<Turn<'_>> {
+        let turn = self.turn();
+        if turn.is_some_and(|capturing| capturing != thread::current().id()) {
+            return Err(captured(doing));
+        }
+        self.bind(doing)?;
+        Ok(turn)
+    }
+
+    fn turn(&self) -> Turn<'_> {
+        let guard = self.capturing.read();
+        guard.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same for whoever begins or ends a capture: nobody else uses the stream.
+    fn whole_turn(&self) -> RwLockWriteGuard<'_, Option<ThreadId>> {
+        let guard = self.capturing.write();
+        guard.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn bind(&self, doing: &str) -> Result<()> {
+        if let Some(failure) = self.failure.get() {
+            return Err(problem(failure));
+        }
         // SAFETY: retained until `drop`.
         self.call(doing, unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    /// Frees memory once the work that uses it is done. The stream is not captured.
+    fn release(&self, addresses: &[u64]) {
+        // Nobody could do anything about a failure; after a kernel's, all of these fail.
+        // SAFETY: what `allocate` returned; the work that uses it is waited for.
+        unsafe {
+            let _ = sys::cuCtxSetCurrent(self.context);
+            let _ = sys::cuStreamSynchronize(self.stream);
+            for &address in addresses {
+                let _ = sys::cuMemFree_v2(address);
+            }
+        }
     }
 
     /// An answer of the driver as a result; `doing` says what was asked of it.
@@ -371,7 +426,7 @@ impl End for Driver {
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let doing = "allocating memory";
-        self.enter(doing)?;
+        let _turn = self.enter(doing)?;
         let mut address = 0;
         // SAFETY: an address to be written.
         match check(unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) }) {
@@ -395,18 +450,15 @@ impl End for Driver {
     }
 
     fn free(&self, address: u64) {
-        // Nobody could do anything about a failure; after a kernel's, all of these fail.
-        // SAFETY: what `allocate` returned; the work that uses it is waited for.
-        unsafe {
-            let _ = sys::cuCtxSetCurrent(self.context);
-            let _ = sys::cuStreamSynchronize(self.stream);
-            let _ = sys::cuMemFree_v2(address);
+        match *self.turn() {
+            Some(_) => lock(&self.given_back).push(address),
+            None => self.release(&[address]),
         }
     }
 
     fn clear(&self, address: u64, bytes: usize) -> Result<()> {
         let doing = "clearing memory of the GPU";
-        self.bind(doing)?;
+        let _turn = self.enter(doing)?;
         // SAFETY: memory of this end, as the trait demands.
         self.call(doing, unsafe {
             sys::cuMemsetD8Async(address, 0, bytes, self.stream)
@@ -414,7 +466,7 @@ impl End for Driver {
     }
 
     fn write(&self, address: u64, from: &[u8]) -> Result<()> {
-        self.enter(WRITING)?;
+        let _turn = self.enter(WRITING)?;
         let mut staging = lock(&self.staging);
         for (to, from) in (address..).step_by(PIECE).zip(from.chunks(PIECE)) {
             let at = staging.take(self, WRITING)?;
@@ -432,7 +484,7 @@ impl End for Driver {
     }
 
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
-        self.enter(READING)?;
+        let _turn = self.enter(READING)?;
         let mut staging = lock(&self.staging);
         let mut pending: Option<(usize, &mut [u8])> = None;
         for (from, to) in (address..).step_by(PIECE).zip(to.chunks_mut(PIECE)) {
@@ -453,11 +505,12 @@ impl End for Driver {
     }
 
     fn function(&self, name: &str) -> Result<Function> {
-        let mut kernels = lock(&self.kernels);
-        if let Some(found) = kernels.functions.get(name) {
+        if let Some(found) = lock(&self.kernels).functions.get(name) {
             return Ok(found.clone());
         }
-        self.enter(name)?;
+        // In the order in which `launch` locks them.
+        let _turn = self.enter(name)?;
+        let mut kernels = lock(&self.kernels);
         let (major, minor) = self.description.capability;
         if name.ends_with("_bf16") && (major, minor) < library::BF16 {
             let problem = format!(
@@ -490,7 +543,7 @@ impl End for Driver {
     }
 
     unsafe fn launch(&self, function: &Function, grid: &Grid, arguments: &[u64]) -> Result<()> {
-        self.bind(&function.name)?;
+        let _turn = self.enter_or_capture(&function.name)?;
         let threads = grid.threads.iter().map(|&t| u64::from(t)).product::<u64>();
         if threads > function.max_threads.into() {
             let most = function.max_threads;
@@ -543,14 +596,14 @@ impl End for Driver {
 
     fn synchronize(&self) -> Result<()> {
         let doing = "waiting for the GPU";
-        self.enter(doing)?;
+        let _turn = self.enter(doing)?;
         // SAFETY: a stream of this context.
         self.call(doing, unsafe { sys::cuStreamSynchronize(self.stream) })
     }
 
     fn event(&self) -> Result<u64> {
         let doing = "making an event";
-        self.enter(doing)?;
+        let _turn = self.enter(doing)?;
         let mut event = ptr::null_mut();
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT as u32;
         // SAFETY: a handle to be written.
@@ -560,7 +613,7 @@ impl End for Driver {
 
     fn record(&self, event: u64) -> Result<()> {
         let doing = "recording an event";
-        self.enter(doing)?;
+        let _turn = self.enter(doing)?;
         // SAFETY: an event that `event` made.
         let answer = unsafe { sys::cuEventRecord(event as sys::CUevent, self.stream) };
         self.call(doing, answer)
@@ -568,16 +621,13 @@ impl End for Driver {
 
     fn elapsed(&self, from: u64, to: u64) -> Result<f32> {
         let doing = "reading an event's time";
-        self.enter(doing)?;
+        let _turn = self.enter(doing)?;
         let mut time = 0.0;
         // SAFETY: events that `event` made; a float to be written.
         let answer =
             unsafe { (self.elapsed)(&raw mut time, from as sys::CUevent, to as sys::CUevent) };
-        match answer {
-            0 => Ok(time),
-            600 => Err(problem(format!("{doing}: it lies ahead"))),
-            code => Err(problem(format!("{doing}: error {code} of the driver"))),
-        }
+        self.call(doing, answer)?;
+        Ok(time)
     }
 
     fn free_event(&self, event: u64) {
@@ -590,7 +640,6 @@ impl End for Driver {
     }
 
     fn capture(&self, queue: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
-        self.enter(CAPTURING)?;
         let capture = Capture::begin(self)?;
         queue()?;
         let graph = capture.end()?;
@@ -607,7 +656,7 @@ impl End for Driver {
 
     fn replay(&self, graph: u64) -> Result<()> {
         let doing = "replaying a graph";
-        self.enter(doing)?;
+        let _turn = self.enter(doing)?;
         *lock(&self.last) = Some("one of a graph".into());
         // SAFETY: what `capture` returned.
         let answer = unsafe { sys::cuGraphLaunch(graph as sys::CUgraphExec, self.stream) };
@@ -641,20 +690,30 @@ struct Capture<'a> {
 
 impl<'a> Capture<'a> {
     fn begin(driver: &'a Driver) -> Result<Self> {
-        // What other threads do does not disturb it.
+        let mut capturing = driver.whole_turn();
+        if capturing.is_some() {
+            return Err(captured(CAPTURING));
+        }
+        driver.bind(CAPTURING)?;
+        // What other threads do outside the stream does not disturb it.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a stream of this context.
         let answer = unsafe { sys::cuStreamBeginCapture_v2(driver.stream, mode) };
         driver.call(CAPTURING, answer)?;
-        driver.capturing.store(true, Ordering::Relaxed);
+        *capturing = Some(thread::current().id());
         Ok(Self { driver })
     }
 
     fn finish(&self) -> Result<sys::CUgraph> {
-        self.driver.capturing.store(false, Ordering::Relaxed);
+        let mut capturing = self.driver.whole_turn();
         let mut graph = ptr::null_mut();
         // SAFETY: the stream that is captured; a handle to be written.
         let answer = unsafe { sys::cuStreamEndCapture(self.driver.stream, &raw mut graph) };
+        *capturing = None;
+        let given_back = std::mem::take(&mut *lock(&self.driver.given_back));
+        if !given_back.is_empty() {
+            self.driver.release(&given_back);
+        }
         self.driver.call(CAPTURING, answer)?;
         Ok(graph)
     }

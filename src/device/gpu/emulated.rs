@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use super::launch::Grid;
@@ -19,8 +20,10 @@ struct State {
     memory: BTreeMap<u64, Buffer>,
     events: HashMap<u64, Option<Instant>>,
     graphs: HashMap<u64, Vec<Queued>>,
-    /// Where launches go while a graph is captured.
-    capturing: Option<Vec<Queued>>,
+    /// While a graph is captured: by whom, and where launches go.
+    capturing: Option<(ThreadId, Vec<Queued>)>,
+    /// Memory that was given back during a capture.
+    given_back: Vec<u64>,
     handles: u64,
     /// Draws the order of threads.
     seed: Option<u64>,
@@ -54,9 +57,56 @@ impl State {
     }
 }
 
+impl Queued {
+    /// # Safety
+    /// As [`End::launch`].
+    unsafe fn run(mut self, seed: Option<u64>) -> Result<()> {
+        let pointers = self.arguments.iter_mut().map(std::ptr::from_mut);
+        let mut pointers: Vec<*mut c_void> = pointers.map(<*mut u64>::cast).collect();
+        let (name, grid) = (&self.function.name, &self.grid);
+        // SAFETY: as this function's contract; a parameter's value lies at the beginning of its word,
+        // the processor being little-endian.
+        let mut launch = || unsafe {
+            let (blocks, threads, shared) = (grid.blocks, grid.threads, grid.shared as usize);
+            emulator::launch(name, blocks, threads, shared, &mut pointers)
+        };
+        match seed {
+            Some(seed) => emulator::with_seed(seed, launch),
+            None => launch(),
+        }
+    }
+}
+
+fn captured(doing: &str) -> Error {
+    let problem = format!("{doing}: not while a graph is captured");
+    Error::device("emulator", problem)
+}
+
 impl Emulator {
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For what the driver refuses while a graph is captured.
+    fn enter(&self, doing: &str) -> Result<MutexGuard<'_, State>> {
+        let state = self.state();
+        match state.capturing {
+            Some(_) => Err(captured(doing)),
+            None => Ok(state),
+        }
+    }
+}
+
+/// A capture that is under way. However it ends, the queue can be used again.
+struct Capture<'a>(&'a Emulator);
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.capturing = None;
+        for address in std::mem::take(&mut state.given_back) {
+            state.memory.remove(&address);
+        }
     }
 }
 
@@ -72,28 +122,37 @@ impl End for Emulator {
         check_memory(bytes)?;
         let buffer = Buffer::new(bytes)?;
         let address = buffer.address() as u64;
-        self.state().memory.insert(address, buffer);
+        self.enter("allocating memory")?
+            .memory
+            .insert(address, buffer);
         Ok(address)
     }
 
     fn free(&self, address: u64) {
-        self.state().memory.remove(&address);
+        let mut state = self.state();
+        if state.capturing.is_some() {
+            state.given_back.push(address);
+        } else {
+            state.memory.remove(&address);
+        }
     }
 
     fn clear(&self, address: u64, bytes: usize) -> Result<()> {
-        self.state().bytes(address, bytes)?.fill(0);
+        self.enter("clearing memory")?
+            .bytes(address, bytes)?
+            .fill(0);
         Ok(())
     }
 
     fn write(&self, address: u64, from: &[u8]) -> Result<()> {
-        self.state()
+        self.enter("writing")?
             .bytes(address, from.len())?
             .copy_from_slice(from);
         Ok(())
     }
 
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
-        to.copy_from_slice(self.state().bytes(address, to.len())?);
+        to.copy_from_slice(self.enter("reading")?.bytes(address, to.len())?);
         Ok(())
     }
 
@@ -110,29 +169,24 @@ impl End for Emulator {
     }
 
     unsafe fn launch(&self, function: &Function, grid: &Grid, arguments: &[u64]) -> Result<()> {
+        let launch = Queued {
+            function: function.clone(),
+            grid: *grid,
+            arguments: arguments.to_vec(),
+        };
         let mut state = self.state();
-        if let Some(queue) = &mut state.capturing {
-            queue.push(Queued {
-                function: function.clone(),
-                grid: *grid,
-                arguments: arguments.to_vec(),
-            });
-            return Ok(());
+        match &mut state.capturing {
+            Some((thread, queue)) if *thread == thread::current().id() => {
+                queue.push(launch);
+                return Ok(());
+            }
+            Some(_) => return Err(captured(&function.name)),
+            None => {}
         }
         let seed = state.seed;
         drop(state);
-        let pointers = arguments.iter().map(|a| std::ptr::from_ref(a).cast_mut());
-        let mut pointers: Vec<*mut c_void> = pointers.map(<*mut u64>::cast).collect();
-        // SAFETY: as this function's contract; a parameter's value lies at the beginning of its word,
-        // the processor being little-endian.
-        let mut launch = || unsafe {
-            let (blocks, threads, shared) = (grid.blocks, grid.threads, grid.shared as usize);
-            emulator::launch(&function.name, blocks, threads, shared, &mut pointers)
-        };
-        match seed {
-            Some(seed) => emulator::with_seed(seed, launch),
-            None => launch(),
-        }
+        // SAFETY: as this function's contract.
+        unsafe { launch.run(seed) }
     }
 
     fn occupancy(&self, _: &Function, _: &Grid) -> Result<u32> {
@@ -140,7 +194,7 @@ impl End for Emulator {
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.enter("waiting").map(drop)
     }
 
     fn event(&self) -> Result<u64> {
@@ -151,7 +205,8 @@ impl End for Emulator {
     }
 
     fn record(&self, event: u64) -> Result<()> {
-        self.state().events.insert(event, Some(Instant::now()));
+        let mut state = self.enter("recording an event")?;
+        state.events.insert(event, Some(Instant::now()));
         Ok(())
     }
 
@@ -169,22 +224,26 @@ impl End for Emulator {
     }
 
     fn capture(&self, queue: &mut dyn FnMut() -> Result<()>) -> Result<u64> {
-        self.state().capturing = Some(Vec::new());
-        let queued = queue();
+        self.enter("capturing a graph")?.capturing = Some((thread::current().id(), Vec::new()));
+        let capture = Capture(self);
+        queue()?;
         let mut state = self.state();
-        let launches = state.capturing.take().unwrap_or_default();
-        queued?;
+        let (_, launches) = state.capturing.take().expect("this capture");
         let graph = state.handle();
         state.graphs.insert(graph, launches);
+        drop(state);
+        drop(capture);
         Ok(graph)
     }
 
     fn replay(&self, graph: u64) -> Result<()> {
-        let launches = self.state().graphs.get(&graph).cloned();
-        for queued in launches.into_iter().flatten() {
+        let state = self.enter("replaying a graph")?;
+        let (launches, seed) = (state.graphs.get(&graph).cloned(), state.seed);
+        drop(state);
+        for launch in launches.into_iter().flatten() {
             // SAFETY: as it was promised when the launch was captured; the graph's owner keeps the
             // memory.
-            unsafe { self.launch(&queued.function, &queued.grid, &queued.arguments) }?;
+            unsafe { launch.run(seed) }?;
         }
         Ok(())
     }
@@ -198,5 +257,56 @@ impl End for Emulator {
 
     fn reorder(&self, seed: u64) {
         self.state().seed = Some(seed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capture_takes_the_launches_of_its_thread_alone() {
+        let end = Emulator::default();
+        let function = Function {
+            handle: 0,
+            name: "never_run".into(),
+            parameters: None,
+            registers: 0,
+            shared: 0,
+            local: 0,
+            max_threads: 0,
+        };
+        // SAFETY: launched while a graph is captured, and the graph is not replayed.
+        let launch = || unsafe { end.launch(&function, &Grid::new(1, 32), &[]) };
+        let (kept, freed) = (end.allocate(4).unwrap(), end.allocate(4).unwrap());
+        let elsewhere = || {
+            let refused = [
+                launch(),
+                end.clear(kept, 4),
+                end.write(kept, &[1; 4]),
+                end.read(kept, &mut [0; 4]),
+                end.synchronize(),
+                end.capture(&mut || Ok(())).map(drop),
+            ];
+            for result in refused {
+                let problem = result.unwrap_err().to_string();
+                let expected = "not while a graph is captured";
+                assert!(problem.ends_with(expected), "{problem}");
+            }
+            end.free(freed);
+        };
+        let graph = end.capture(&mut || {
+            launch()?;
+            thread::scope(|scope| scope.spawn(elsewhere).join()).expect("the other thread");
+            assert!(end.state().memory.contains_key(&freed));
+            launch()
+        });
+        let state = end.state();
+        assert_eq!(state.graphs[&graph.unwrap()].len(), 2);
+        assert!(!state.memory.contains_key(&freed));
+        drop(state);
+        // One that fails leaves nothing behind.
+        end.capture(&mut || Err(captured("a step"))).unwrap_err();
+        end.write(kept, &[1; 4]).unwrap();
     }
 }

@@ -155,7 +155,13 @@ scalars!(u64: u64::from, u32: u64::from, i32: |x: i32| u64::from(x.cast_unsigned
     i64: i64::cast_unsigned, f32: |x: f32| u64::from(x.to_bits()), f64: f64::to_bits);
 
 /// The arguments of one kernel; implemented by the `kernel!` macro.
-pub trait Arguments {
+///
+/// # Safety
+/// What is handed to [`Launches::launch`] is launched as it is, later and perhaps often. So whoever
+/// implements this promises that [`KERNEL`](Arguments::KERNEL) takes these words, in number, order and
+/// type, and that the kernel, launched with them, touches nothing but what they point to: the inputs,
+/// outputs and scratch of the step, of their extents, and tables from [`Launches::constant`].
+pub unsafe trait Arguments {
     /// Name of the kernel, without `_f32` or `_bf16` if it has parameters of type [`Stored`].
     const KERNEL: &'static str;
     /// In the order of the kernel's parameters.
@@ -164,7 +170,9 @@ pub trait Arguments {
 
 /// Declares the typed argument list of a kernel: a struct with one field per parameter, in their
 /// order. Pointers are [`Stored`](launch::Stored) or [`Full`](launch::Full), scalars `i32`, `u32`,
-/// `i64`, `u64` (for `size_t`), `f32`, `f64`. The emulator compares the sizes with the kernel's.
+/// `i64`, `u64` (for `size_t`), `f32`, `f64`. The emulator compares the sizes with the kernel's. The fields must
+/// match the kernel and their values the memory pointed to: see the Safety section of
+/// [`Arguments`](launch::Arguments).
 ///
 /// ```ignore
 /// kernel! {
@@ -179,7 +187,9 @@ macro_rules! kernel {
         #[derive(Clone, Copy, Debug)]
         $vis struct $name { $($(#[$field_meta])* $vis $field: $type),* }
 
-        impl $crate::device::gpu::launch::Arguments for $name {
+        // SAFETY: the fields are the kernel's parameters, and the operation that fills them, in the same
+        // room, passes addresses of its step with their extents.
+        unsafe impl $crate::device::gpu::launch::Arguments for $name {
             const KERNEL: &'static str = $kernel;
             fn words(&self) -> Vec<$crate::device::gpu::launch::Word> {
                 vec![$($crate::device::gpu::launch::Argument::word(self.$field)),*]

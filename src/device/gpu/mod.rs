@@ -61,7 +61,8 @@ pub(crate) trait End: Send + Sync {
     /// Milliseconds between two events that lie behind.
     fn elapsed(&self, from: u64, to: u64) -> Result<f32>;
     fn free_event(&self, event: u64);
-    /// Runs `queue`, whose launches and clears are not executed but become a graph.
+    /// Runs `queue`, whose launches are not executed but become a graph. Until it is done, whatever else
+    /// needs the queue is refused, launches of other threads too; `free` takes effect afterwards.
     fn capture(&self, queue: &mut dyn FnMut() -> Result<()>) -> Result<u64>;
     fn replay(&self, graph: u64) -> Result<()>;
     fn free_graph(&self, graph: u64);

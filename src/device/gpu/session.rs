@@ -226,9 +226,9 @@ impl Session {
 
 fn queue(gpu: &Gpu, launches: &[Launch]) -> Result<()> {
     for launch in launches {
-        // SAFETY: `Launches::launch` built the arguments from addresses of the session's arena and
-        // tables, which live as long as whoever queues this; sizes were compared where the device
-        // tells them.
+        // SAFETY: the arguments are those of an `Arguments`, whose author promises that they fit the
+        // kernel and that it touches only the step's values and tables; these lie in the session's
+        // arena and constants, which live as long as whoever queues this.
         unsafe {
             gpu.0
                 .launch(&launch.function, &launch.grid, &launch.arguments)
