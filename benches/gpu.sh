@@ -7,10 +7,10 @@
 #
 # - Correctness: every kernel against the CPU's code, twice for equal bits, and by graph replay (`gradcheck --device
 #   cuda`); compute-sanitizer's four tools over a smaller run of the same.
-# - Speed: the feature block as `echograd profile` measures it, PyTorch's eager and compiled versions of it and the copy
+# - Speed: the feature block as `echograd profile` measures it, at the shapes that the peers are measured at, PyTorch's eager and compiled versions of it and the copy
 #   bandwidth (benches/peers/features_gpu.py).
 #
-# The file is written whatever happens. Exit status: 0 if every step passed, 1 if one failed, 2 if nothing could be run.
+# The file is written whatever happens, and holds no paths of the machine. Exit status: 0 if every step passed, 1 if one failed, 2 if nothing could be run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -46,13 +46,17 @@ step() {
     printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$*" >>"$logs/steps"
 }
 
-step doctor "$echograd" doctor
+step doctor "$echograd" doctor --json
 step gradcheck "$echograd" gradcheck --device cuda
 for tool in memcheck racecheck initcheck synccheck; do
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$echograd" gradcheck --device cuda --cases 2
 done
-step profile "$echograd" profile --device cuda --features --iters 50 --json
-step profile_bf16 "$echograd" profile --device cuda --features --iters 50 --json --dtype bf16
+for shape in 256,256,256,1 64,256,256,1 16,256,256,1 256,128,128,1; do
+    for dtype in f32 bf16; do
+        step "profile_${dtype}_$shape" \
+            "$echograd" profile --device cuda --features --shape "$shape" --iters 50 --json --dtype "$dtype"
+    done
+done
 step pytorch "$python" benches/peers/features_gpu.py
 
 "$python" benches/gpu_report.py "$logs" benches/results "$echograd"

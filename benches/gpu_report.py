@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 OUTPUT_LINES = 40
-JSON_STEPS = ("profile", "profile_bf16", "pytorch")
+# An absolute path.
+PATH = re.compile(r"(?<![\w./])~?/[\w.~+-][^\s:;,'\"()<>\[\]]*")
 # Of the measured copy bandwidth; of PyTorch's time.
 TARGETS = {"bandwidth": 0.85, "eager": 20.0, "compile": 4.0}
 
@@ -33,6 +34,19 @@ def version(*command):
     return lines[-1] if lines else None
 
 
+def pathless(text, echograd):
+    """`text` with `echograd` for the program, and of other absolute paths the last part."""
+    text = re.sub(rf"(?<![\w./-]){re.escape(echograd)}(?![\w./-])", "echograd", text)
+    return PATH.sub(lambda path: path[0].rstrip("/").rsplit("/", 1)[-1], text)
+
+
+def machine(found):
+    """Of what `doctor --json` says: what results depend on, and no paths."""
+    kept = {key: found.get(key) for key in ("version", "driver", "gpus", "kernels")} if found else {}
+    kept["cuda"] = (found or {}).get("devices", {}).get("cuda")
+    return kept
+
+
 def document(logs, name):
     """The JSON that a step printed, or none."""
     try:
@@ -41,20 +55,21 @@ def document(logs, name):
         return None
 
 
-def steps(logs):
+def steps(logs, echograd):
     """What ran, how it ended, and the end of what it said; of failed steps all streams."""
     found = []
     for line in read(logs / "steps").splitlines():
         name, status, seconds, command = line.split("\t", 3)
-        out, err = (read(logs / f"{name}.{stream}").strip().splitlines() for stream in ("out", "err"))
-        step = {"name": name, "command": command, "status": int(status), "seconds": int(seconds)}
+        texts = (pathless(read(logs / f"{name}.{stream}"), echograd) for stream in ("out", "err"))
+        out, err = (text.strip().splitlines() for text in texts)
+        step = {"name": name, "command": pathless(command, echograd), "status": int(status), "seconds": int(seconds)}
         if int(status):
             step["stdout"], step["stderr"] = out[-OUTPUT_LINES:], err[-OUTPUT_LINES:]
-        elif name in JSON_STEPS:
+        elif name.startswith(("doctor", "profile", "pytorch")):
             if document(logs, name) is None:
                 step["status"], step["stderr"] = 1, ["its output is no JSON"]
         else:
-            step["stdout"] = out[-OUTPUT_LINES:] if name == "doctor" else out[-1:]
+            step["stdout"] = out[-1:]
         found.append(step)
     return found
 
@@ -87,9 +102,10 @@ def summary(ratios):
         "eager": ("faster than PyTorch eager", lambda x: f"{x:.1f}×"),
         "compile": ("faster than torch.compile", lambda x: f"{x:.1f}×"),
     }
-    for dtype, found in ratios.items():
+    for name, found in ratios.items():
+        _, dtype, shape = name.split("_")
         if found is None:
-            print(f"  feature block, {dtype}: not measured")
+            print(f"  feature block, {dtype}, {shape}: not measured")
             continue
         masks = f"{found['masks']} masks of {found['side']}²"
         print(f"  feature block, {dtype}, {masks}: {1e6 * found['seconds']:.0f} µs")
@@ -102,9 +118,12 @@ def summary(ratios):
 def main():
     logs, results, echograd = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     gpu, driver, memory, clock = (word.strip() for word in read(logs / "gpu").splitlines()[0].split(","))
-    ran = steps(logs)
-    profile, profile_bf16, pytorch = (document(logs, name) for name in JSON_STEPS)
-    ratios = {"f32": compare(profile, pytorch, "f32"), "bf16": compare(profile_bf16, pytorch, "bf16")}
+    ran = steps(logs, echograd)
+    pytorch = document(logs, "pytorch")
+    names = [step["name"] for step in ran if step["name"].startswith("profile_")]
+    profiles = {name: document(logs, name) for name in names}
+    # profile_DTYPE_N,H,W,C
+    ratios = {name: compare(found, pytorch, name.split("_")[1]) for name, found in profiles.items()}
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "gpu": {"name": gpu, "driver": driver, "memory": memory, "max_sm_clock": clock},
@@ -114,10 +133,10 @@ def main():
             "compute-sanitizer": version("compute-sanitizer", "--version"),
             "torch": pytorch and pytorch["torch"],
         },
+        "machine": json.loads(pathless(json.dumps(machine(document(logs, "doctor"))), echograd)),
         "steps": ran,
         "ratios": ratios,
-        "profile": profile,
-        "profile_bf16": profile_bf16,
+        "profiles": profiles,
         "pytorch": pytorch,
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
