@@ -5,7 +5,7 @@ use echograd::device::cpu;
 use echograd::device::gpu::{self, Gpu};
 use echograd::gradcheck::{self, Sampler};
 use echograd::ops::examples;
-use echograd::ops::pointwise::Scale;
+use echograd::ops::pointwise::{Add, Mul, Scale, SumTo};
 use echograd::ops::registry;
 use echograd::profile;
 use echograd::tape::{Kind, Options, Plan, Tape, Var};
@@ -119,6 +119,49 @@ fn an_empty_batch_launches_nothing() {
     let mut session = session("scale", Shape::new(0, 4, 4, 2)).unwrap();
     assert!(session.launches().is_empty());
     session.run().unwrap();
+}
+
+#[test]
+fn broadcasting_to_nothing_is_empty_and_sums_to_zero() {
+    let empty = [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 3, 0), (0, 0, 0, 0)];
+    for (n, h, w, c) in empty {
+        let a = Shape::new(n, h, w, c);
+        for b in [a, Shape::per_channel(c), Shape::per_image(n, c)] {
+            let record = || {
+                let mut tape = Tape::new();
+                let (x, y) = (tape.input("a", a), tape.input("b", b));
+                let sum = tape.push(Add, &[x, y])?;
+                let product = tape.push(Mul, &[sum, y])?;
+                let sums = [
+                    tape.push(SumTo { shape: b }, &[product])?,
+                    tape.push(SumTo { shape: b }, &[product, sum])?,
+                ];
+                tape.keep(product);
+                sums.into_iter().for_each(|s| tape.keep(s));
+                Ok::<_, Error>((tape, y, product, sums))
+            };
+            let zeros = vec![0.0; b.len()];
+            let (tape, y, product, sums) = record().unwrap();
+            let plan = Plan::new(&tape, Options::default()).unwrap();
+            let mut session = cpu::Session::<f32>::new(plan).unwrap();
+            session.write(y, &vec![7.0; b.len()]);
+            session.run();
+            assert!(session.read(product).is_empty(), "{a} with {b}");
+            for sum in sums {
+                assert_eq!(session.read(sum), zeros, "{a} with {b}");
+            }
+
+            let (tape, y, product, sums) = record().unwrap();
+            let plan = Plan::new(&tape, Options::gpu(false)).unwrap();
+            let mut session = gpu::Session::new(&Gpu::emulator().unwrap(), plan).unwrap();
+            session.write(y, &vec![7.0; b.len()]).unwrap();
+            session.run().unwrap();
+            assert!(session.read(product).unwrap().is_empty(), "{a} with {b}");
+            for sum in sums {
+                assert_eq!(session.read(sum).unwrap(), zeros, "{a} with {b}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -129,6 +129,9 @@ fn launch_broadcast<F: Broadcast>(at: &mut Launches<'_>) -> Result<()> {
     if shape == other {
         return launch_zip::<F>(at, &[]);
     }
+    if shape.is_empty() {
+        return Ok(());
+    }
     let rows = (shape.rows() / other.n) as u64;
     launch_zip::<Rows<F>>(at, &[extent(F::ROWS, shape.c)?.word(), rows.word()])
 }
@@ -191,6 +194,9 @@ pub(super) fn zip<T: Real>(io: &mut Io<'_, T>, f: impl Binary<T>) {
             let a = a.map(|a| &a[at.clone()]);
             simd::dispatch(Zip { f, a, b: &b[at], y });
         });
+        return;
+    }
+    if y.is_empty() {
         return;
     }
     let (group, piece) = (y.len() / other.n, rows_of_piece(shape.c) * shape.c);
@@ -589,6 +595,9 @@ kernel! {
 impl<T: Real> Kernel<T> for SumTo {
     fn run(&self, io: &mut Io<'_, T>) {
         let shape = io.input_shape(0);
+        if shape.is_empty() {
+            return io.output(0).fill(T::zero());
+        }
         let (c, pieces) = (shape.c, self.pieces(shape));
         let (group, piece) = (shape.len() / self.shape.n, rows_of_piece(c) * c);
         let a = io.input(0);
@@ -623,18 +632,32 @@ impl Op for SumTo {
         inputs.iter().map(|s| s.len() as u64).sum()
     }
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
-        self.shape.len() * self.pieces(inputs[0])
+        match inputs[0].is_empty() {
+            true => 0,
+            false => self.shape.len() * self.pieces(inputs[0]),
+        }
     }
     /// Never: it is the gradient of a parameter, or small.
     fn narrow(&self, _: usize, _: &[bool]) -> bool {
         false
     }
     fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        if inputs[0].is_empty() {
+            return 0;
+        }
         let pieces = [false, true].map(|narrow| self.walk(inputs[0], narrow).pieces);
         size_of::<f32>() * self.shape.len() * pieces.into_iter().max().unwrap_or(0)
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let (a, x, sums) = (at.input(0), at.input_shape(0), at.output(0));
+        if x.is_empty() {
+            let arguments = FillKernel {
+                y: sums.into(),
+                len: self.shape.len() as u64,
+                value: 0.0,
+            };
+            return at.launch(grid(self.shape.len(), sums), &arguments);
+        }
         let walk = self.walk(x, a.is_narrow());
         let (b, b_storage) = match at.inputs() {
             1 => (Pointer::NULL, 0),
