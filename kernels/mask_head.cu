@@ -34,8 +34,8 @@
 //     kernel           instructions a pixel   of them MUFU   registers   warps on an SM   loads in flight
 //     bands, f32               45                 4.4           120            16          32 to 64 KiB
 //     bands, bf16              48                 4.4           114            16          16 to 32 KiB
-//     gradient, f32            54                 3.3           168            12          24 to 48 KiB
-//     gradient, bf16           58                 3.3           165            12          12 to 24 KiB
+//     gradient, f32            55                 3.3           168            12          24 to 48 KiB
+//     gradient, bf16           59                 3.3           168            12          12 to 24 KiB
 //
 // Predicted for 256 masks of 256², an H200 (4.2 TB/s, 132 multiprocessors at 1.75 GHz that issue 4
 // instructions a cycle), not measured:
@@ -43,8 +43,8 @@
 //     kernel           bytes moved    memory    issue slots   bound by
 //     bands, f32          136 MB       33 µs       26 µs      memory
 //     bands, bf16          68 MB       16 µs       28 µs      issue
-//     gradient, f32       205 MB       49 µs       32 µs      memory
-//     gradient, bf16      103 MB       25 µs       34 µs      issue
+//     gradient, f32       205 MB       49 µs       33 µs      memory
+//     gradient, bf16      103 MB       25 µs       35 µs      issue
 //
 // Steps that led here, by count: corners instead of Sobel's two stencils, −3 instructions a pixel and −2
 // shuffles a row; σ and m by one reciprocal of their product, −1 MUFU; −log max(σ, 1 − σ) instead of
@@ -663,13 +663,16 @@ struct Gradient {
                 Sigmoids s = Sigmoids::of<Cubed>(loaded.logits[i], sharpness);
                 if (!Aligned && i >= piece.columns) s.sharp = 0.0f;
                 m[i] = s.sharp;
-                // σ' = e^−z·σ² holds its digits where 1 − σ does not.
-                const float plain_slope = s.e * s.plain * s.plain;
+                // By e = e^−z, which holds its digits where 1 − σ does not: σ' = σ·eσ and
+                // σ − g = σ·((1 − g) − e·g).
+                const float complement = s.e * s.plain;
+                const float excess = fmaf(-s.e, g, 1.0f - g);
                 slopes[l] = s.sharp_e * s.sharp * s.sharp;
                 const float offset = static_cast<float>(i);
                 const float by_mask = fmaf(energy, s.sharp, fmaf(fmaf(k2, offset, k1), offset, k0));
                 const float by_plain = fmaf(c.overlap, g, c.predicted);
-                rest[l] = fmaf(by_mask, slopes[l], fmaf(c.entropy, s.plain - g, by_plain * plain_slope));
+                const float by_sigmoid = fmaf(c.entropy, excess, by_plain * complement);
+                rest[l] = fmaf(by_mask, slopes[l], by_sigmoid * s.plain);
             }
             waiting.put(k, rest, slopes);
         }

@@ -358,6 +358,44 @@ fn every_seed_and_random_cuts() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn the_gradient_of_hard_truths_keeps_its_digits_in_both_tails() -> Result<()> {
+    let shape = Shape::new(1, 8, 200, 1);
+    // Every tail meets both truths.
+    let logits: Vec<f32> = (0..shape.len())
+        .map(|i| {
+            let size = 8.0 + 12.0 * (i / 4) as f32 / (shape.len() / 4 - 1) as f32;
+            if i % 2 == 0 { size } else { -size }
+        })
+        .collect();
+    let truth: Vec<f32> = (0..shape.len()).map(|i| (i / 2 % 2) as f32).collect();
+    // Cross-entropy alone: nothing larger hides it.
+    let asked = [vec![1.0], vec![0.0], vec![0.0; 7], vec![0.0]];
+    for sharpness in [3.0, 1.7] {
+        let of_the_cpu = reference(shape, f64::from(sharpness), &logits, &truth, &asked)?.1;
+        let inputs = Inputs::new(shape, &logits, &truth, false, 0)?;
+        let cut = Cut::usual(shape, 8);
+        let found = inputs.forward(sharpness, cut)?;
+        let dlogits = inputs.gradient(sharpness, cut, &found, &asked)?;
+        for (i, (&a, &b)) in dlogits.iter().zip(&of_the_cpu).enumerate() {
+            let z = f64::from(logits[i]);
+            // σ(z) − 1 = −σ(−z).
+            let sign = 1.0 - 2.0 * f64::from(truth[i]);
+            let exact = sign / (1.0 + (-sign * z).exp()) / shape.len() as f64;
+            let problem = format!("κ = {sharpness}, z = {z}, g = {}", truth[i]);
+            assert!(
+                (b / exact - 1.0).abs() <= 1e-12,
+                "{problem}: the CPU's {b} for {exact}"
+            );
+            assert!(
+                (f64::from(a) / exact - 1.0).abs() <= 1e-4,
+                "{problem}: {a} for {exact}"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Features of image `i`.
 fn features(found: &[Vec<f32>; 5], i: usize) -> (MaskSums, Option<[f64; 4]>) {
     let m: [f64; 7] = std::array::from_fn(|k| f64::from(found[3][7 * i + k]));

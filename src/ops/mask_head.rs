@@ -435,8 +435,8 @@ struct Sigmoids<L> {
     /// `1 + e^−|z|`, whose logarithm is what cross-entropy adds to its linear part.
     one_plus: L,
     plain: L,
-    /// `σ'(z)`, from `e^−|z|` and so exact where `1 − σ` is not.
-    plain_slope: L,
+    /// `σ(−z)`, from `e^−|z|` and so exact where `1 − σ` is not.
+    complement: L,
     sharp: L,
     /// `σ'(κz)`, without the factor κ.
     sharp_slope: L,
@@ -468,7 +468,7 @@ impl<L: Lanes> Sigmoids<L> {
             negative: L::select(is_negative, one, L::zero()),
             one_plus,
             plain: L::select(is_negative, lower, upper),
-            plain_slope: upper * lower,
+            complement: L::select(is_negative, upper, lower),
             sharp: L::select(is_negative, sharp_lower, sharp_upper),
             sharp_slope: sharp_upper * sharp_lower,
         }
@@ -785,10 +785,11 @@ impl<T: Real> simd::Kernel<T> for Gradient<'_, T> {
                         let by_mask = curvature
                             .mul_add(u, slope)
                             .mul_add(u, energy.mul_add(at.sharp, level));
-                        let by_plain = overlap.mul_add(g, predicted) * at.plain_slope;
+                        let by_plain = overlap.mul_add(g, predicted) * (at.plain * at.complement);
+                        // σ(z) − g in a form in which a truth of 1 cancels nothing.
+                        let excess = at.plain.mul_add(constant(1.0) - g, -(at.complement * g));
                         let sharp_slope = at.sharp_slope * sharpness;
-                        let d =
-                            by_mask.mul_add(sharp_slope, entropy.mul_add(at.plain - g, by_plain));
+                        let d = by_mask.mul_add(sharp_slope, entropy.mul_add(excess, by_plain));
                         d.store_first(&mut dz[x..]);
                         if stencil {
                             at.sharp.store(&mut mask[PAD + x..]);
