@@ -245,14 +245,21 @@ impl<T: Element> Session<T> {
     }
 }
 
-/// Bytes of this machine's main memory, where the system tells.
+/// Bytes of this machine's main memory, where the system tells (Linux).
+#[cfg(target_os = "linux")]
 pub fn memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes << 10)
+    // SAFETY: asks for two numbers; -1 where there is none.
+    let [pages, bytes] =
+        [libc::_SC_PHYS_PAGES, libc::_SC_PAGESIZE].map(|what| unsafe { libc::sysconf(what) });
+    u64::try_from(pages)
+        .ok()?
+        .checked_mul(u64::try_from(bytes).ok()?)
+}
+
+/// Bytes of this machine's main memory, where the system tells (Linux).
+#[cfg(not(target_os = "linux"))]
+pub fn memory() -> Option<u64> {
+    None
 }
 
 /// Refuses what the machine cannot hold: a system that promises more memory than it has would end the
