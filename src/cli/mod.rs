@@ -172,6 +172,18 @@ fn key_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// Settings of a configuration: the flags that were given, under the keys that they set, then `--set`, which
+/// overlays them.
+fn settings<const N: usize>(
+    flags: [(&str, Option<String>); N],
+    set: &[(String, String)],
+) -> Vec<(String, String)> {
+    let given = flags
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    given.chain(set.iter().cloned()).collect()
+}
+
 /// The name of a flag's value, as the configuration spells it too.
 fn name_of(value: &impl ValueEnum) -> String {
     value

@@ -242,11 +242,7 @@ impl Args {
             ("size", self.size.map(|v| v.to_string())),
             ("batch", self.batch.map(|v| v.to_string())),
         ];
-        let flags = given
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_owned(), value?)));
-        let settings: Vec<(String, String)> = flags.chain(self.set.iter().cloned()).collect();
-        let config = Config::load(None, &settings)?;
+        let config = Config::load(None, &super::settings(given, &self.set))?;
         let step = TrainingStep::record(&config, config.arm == Arm::Consistency)?;
         let title = format!(
             "training step, {}, {} images of {}²",

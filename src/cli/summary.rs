@@ -111,10 +111,7 @@ impl Args {
             ("size", self.size.map(|v| v.to_string())),
             ("batch", self.batch.map(|v| v.to_string())),
         ];
-        let flags = given
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_owned(), value?)));
-        let settings: Vec<(String, String)> = flags.chain(self.set.iter().cloned()).collect();
+        let settings = super::settings(given, &self.set);
         let file = self.run.as_deref().map(|run: &Path| run.join(CONFIG));
         Config::load(file.as_deref(), &settings)
     }

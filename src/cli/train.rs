@@ -118,9 +118,6 @@ impl Args {
                 self.drop_duplicates.then(|| "true".to_owned()),
             ),
         ];
-        let flags = given
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_owned(), value?)));
-        flags.chain(self.set.iter().cloned()).collect()
+        super::settings(given, &self.set)
     }
 }

@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::conv2d::expect;
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
 use crate::device::simd::{self, Lanes, Level};
@@ -791,14 +792,6 @@ impl Op for DepthwiseWeightGradient {
     fn narrow(&self, _: usize, _: &[bool]) -> bool {
         false
     }
-}
-
-fn expect(op: &'static str, inputs: &[Shape], expected: [Shape; 2]) -> Result<()> {
-    if inputs == expected {
-        return Ok(());
-    }
-    let problem = format!("expected {expected:?}, found {inputs:?}");
-    Err(Error::shape(op, problem))
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {

@@ -174,7 +174,8 @@ impl Op for Conv2dWeightGradient {
     }
 }
 
-fn expect(op: &'static str, inputs: &[Shape], expected: [Shape; 2]) -> Result<()> {
+/// Refuses inputs of a gradient that do not have the extents of its convolution.
+pub(super) fn expect(op: &'static str, inputs: &[Shape], expected: [Shape; 2]) -> Result<()> {
     if inputs == expected {
         Ok(())
     } else {
