@@ -8,6 +8,7 @@
 //! weight gradient.
 
 mod correlate;
+pub(super) mod device;
 mod geometry;
 mod tile;
 mod weights;
@@ -18,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::Launches;
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -86,6 +88,11 @@ impl Op for Conv2d {
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         self.accepted(inputs[0], inputs[1]).forward_scratch()
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let geometry = self.geometry(at.input_shape(0), at.input_shape(1))?;
+        let pointers = [at.input(0), at.input(1), at.output(0)];
+        device::forward(at, &geometry, pointers)
+    }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         let Some(dy) = at.gradient(0) else {
             return Ok(());
@@ -137,6 +144,14 @@ impl Op for Conv2dInputGradient {
     fn scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
         self.geometry.input_gradient_scratch()
     }
+    /// As the output's gradient.
+    fn narrow(&self, _: usize, inputs: &[bool]) -> bool {
+        inputs[1]
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let pointers = [at.input(0), at.input(1), at.output(0)];
+        device::input_gradient(at, &self.geometry, pointers)
+    }
 }
 
 /// The gradient of [`Conv2d`] for `w`; inputs `x`, `dy`.
@@ -171,6 +186,17 @@ impl Op for Conv2dWeightGradient {
     }
     fn scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
         self.geometry.weight_gradient_scratch()
+    }
+    /// Never: it is the gradient of a parameter.
+    fn narrow(&self, _: usize, _: &[bool]) -> bool {
+        false
+    }
+    fn device_scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
+        device::weight_gradient_scratch(&self.geometry)
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let pointers = [at.input(0), at.input(1), at.output(0)];
+        device::weight_gradient(at, &self.geometry, pointers)
     }
 }
 
@@ -217,6 +243,7 @@ fn case(s: &mut Sampler, op: Conv2d, x: Shape, w: Shape) -> Case {
     );
     Case::new(description, move |t, v| Ok(vec![t.push(op, v)?]))
         .with("x", x, s.values(x.len(), -1.0, 1.0))
+        .narrow()
         .with("w", w, s.values(w.len(), -1.0, 1.0))
 }
 
