@@ -189,6 +189,75 @@ fn the_preset_records_alike_in_training_and_evaluation() {
     assert_eq!(count, 6_513_184 - (320 * 1280 + 2 * 1280) - 2 * 9 * 32);
 }
 
+/// Random weights, and running statistics of about what the random weights give, as of a network in evaluation.
+fn weights(tape: &Tape) -> BTreeMap<String, Vec<f32>> {
+    let values = [Kind::Parameter, Kind::State]
+        .into_iter()
+        .flat_map(|kind| tape.of_kind(kind));
+    let weights = values.map(|var| {
+        let (name, shape) = (tape.name(var), tape.shape(var));
+        let (low, high) = match name.rsplit('.').next() {
+            Some("running_var") => (0.5, 1.5),
+            Some("weight") if shape == Shape::per_channel(shape.c) && shape.c > 1 => (0.5, 1.5),
+            Some("weight") => {
+                let limit = (6.0 / (shape.pixels() * shape.c) as f64).sqrt();
+                (-limit, limit)
+            }
+            _ => (-0.5, 0.5),
+        };
+        let values = named(name, shape.len(), low, high);
+        (name.to_owned(), values.iter().map(|&v| v as f32).collect())
+    });
+    weights.collect()
+}
+
+/// Logits of the network on two images.
+fn logits(evaluation: &Evaluation, weights: &BTreeMap<String, Vec<f32>>) -> [Vec<f32>; 2] {
+    let mut session = evaluation.session().unwrap();
+    let source = |name: &str, shape: Shape| -> echograd::Result<&[f32]> {
+        let values = &weights[name];
+        assert_eq!(values.len(), shape.len(), "{name}");
+        Ok(values)
+    };
+    evaluation.load(&mut session, source).unwrap();
+    let images = evaluation.images;
+    let values = named("images", evaluation.tape.shape(images).len(), 0.0, 1.0);
+    let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+    session.write(images, &values);
+    session.run();
+    let of = |var: Option<Var>| session.read(var.unwrap()).to_vec();
+    [of(evaluation.logits.mask), of(evaluation.logits.malignancy)]
+}
+
+#[test]
+fn folded_normalisations_give_the_same_numbers() {
+    for preset in [Preset::Unet, Preset::EfficientnetB1] {
+        let settings = [("size", "96"), ("batch", "2")].map(|(k, v)| (k.into(), v.into()));
+        let config = Config::preset(preset).with(&settings).unwrap();
+        let unfolded = Evaluation::record(&config).unwrap();
+        let folded = Evaluation::folded(&config).unwrap();
+        let norms = |evaluation: &Evaluation| {
+            let steps = evaluation.tape.steps().iter();
+            steps.filter(|step| step.op.name() == "normalize").count()
+        };
+        assert!(norms(&unfolded) > 10);
+        assert_eq!(norms(&folded), 0);
+        let weights = weights(&unfolded.tape);
+        let expected = logits(&unfolded, &weights);
+        for (found, expected) in logits(&folded, &weights).iter().zip(&expected) {
+            let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            assert!((0.01..100.0).contains(&largest), "{preset:?}: {largest}");
+            for (found, expected) in found.iter().zip(expected) {
+                let error = (found - expected).abs();
+                assert!(
+                    error <= 1e-5 * largest.max(1.0),
+                    "{preset:?}: {found} for {expected}, largest {largest}"
+                );
+            }
+        }
+    }
+}
+
 /// Twenty steps on two images that differ in one square: the network must fit them.
 #[test]
 fn the_preset_learns() {

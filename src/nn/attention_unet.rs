@@ -3,6 +3,7 @@
 use super::unet::block;
 use super::{EfficientNet, Heads, Logits, Network, Start};
 use crate::error::Result;
+use crate::ops::activation::Activation;
 use crate::ops::add_relu::AddRelu;
 use crate::ops::concat::Concat;
 use crate::ops::gate::Gate;
@@ -34,7 +35,7 @@ impl AttentionUNet {
         let malignancy = if heads.malignancy {
             let pooled = network.tape().push(GlobalAvgPool, &[bottleneck])?;
             let pooled = network.dropout(pooled, self.dropout)?;
-            Some(network.linear("malignancy", pooled, 1)?)
+            Some(network.logit("malignancy", pooled)?)
         } else {
             None
         };
@@ -51,7 +52,7 @@ impl AttentionUNet {
                     block(n, up, width)
                 })?;
             }
-            Some(network.linear("mask", x, 1)?)
+            Some(network.logit("mask", x)?)
         } else {
             None
         };
@@ -65,10 +66,10 @@ impl AttentionUNet {
 fn attend(network: &mut Network<'_>, x: Var, g: Var) -> Result<Var> {
     let between = (network.shape(x).c / 2).max(1);
     let keys = network.conv("x", x, between, 1, Start::HeNormal)?;
-    let query = network.conv("g", g, between, 1, Start::HeNormal)?;
-    let query = network.bias("g", query)?;
+    let identity = Activation::Identity;
+    let query = network.linear("g", g, between, Start::HeNormal, identity)?;
     let query = network.tape().push(Upsample2x, &[query])?;
     let joint = network.tape().push(AddRelu, &[keys, query])?;
-    let logits = network.linear("psi", joint, 1)?;
+    let logits = network.logit("psi", joint)?;
     network.tape().push(Gate, &[x, logits])
 }

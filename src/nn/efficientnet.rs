@@ -4,7 +4,6 @@ use super::{Network, Start};
 use crate::error::Result;
 use crate::ops::activation::Activation;
 use crate::ops::gate::Gate;
-use crate::ops::pointwise::Silu;
 use crate::ops::pool::GlobalAvgPool;
 use crate::tape::Var;
 
@@ -72,8 +71,7 @@ impl EfficientNet {
     pub fn record(&self, network: &mut Network<'_>, images: Var) -> Result<Vec<Var>> {
         let mut maps = Vec::new();
         let mut x = network.scope("features.0", |n| {
-            let x = n.strided_conv("0", images, self.stem, 3, 2, Start::HeNormal)?;
-            n.batch_norm("1", x, Activation::Silu)
+            n.conv_norm(["0", "1"], images, self.stem, [3, 2], Activation::Silu)
         })?;
         let blocks: usize = self.stages.iter().map(|stage| stage.blocks).sum();
         let mut block = 0;
@@ -98,8 +96,7 @@ impl EfficientNet {
         if let Some(channels) = self.head {
             let name = format!("features.{}", self.stages.len() + 1);
             x = network.scope(&name, |n| {
-                let x = n.conv("0", x, channels, 1, Start::HeNormal)?;
-                n.batch_norm("1", x, Activation::Silu)
+                n.conv_norm(["0", "1"], x, channels, [1, 1], Activation::Silu)
             })?;
         }
         maps.push(x);
@@ -113,21 +110,21 @@ fn branch(network: &mut Network<'_>, x: Var, stage: &Stage, stride: usize) -> Re
     let (mut y, mut layer) = (x, 0);
     if stage.expansion > 1 {
         y = network.scope("0", |n| {
-            let y = n.conv("0", y, channels * stage.expansion, 1, Start::HeNormal)?;
-            n.batch_norm("1", y, Activation::Silu)
+            let channels = channels * stage.expansion;
+            n.conv_norm(["0", "1"], y, channels, [1, 1], Activation::Silu)
         })?;
         layer = 1;
     }
     y = network.scope(&layer.to_string(), |n| {
-        let y = n.depthwise_conv("0", y, stage.kernel, stride)?;
-        n.batch_norm("1", y, Activation::Silu)
+        let kernel = [stage.kernel, stride];
+        n.depthwise_conv_norm(["0", "1"], y, kernel, Activation::Silu)
     })?;
     y = network.scope(&(layer + 1).to_string(), |n| {
         squeeze_excite(n, y, (channels / 4).max(1))
     })?;
     network.scope(&(layer + 2).to_string(), |n| {
-        let y = n.conv("0", y, stage.channels, 1, Start::HeNormal)?;
-        n.batch_norm("1", y, Activation::Identity)
+        let (channels, identity) = (stage.channels, Activation::Identity);
+        n.conv_norm(["0", "1"], y, channels, [1, 1], identity)
     })
 }
 
@@ -136,9 +133,8 @@ fn branch(network: &mut Network<'_>, x: Var, stage: &Stage, stride: usize) -> Re
 fn squeeze_excite(network: &mut Network<'_>, x: Var, squeezed: usize) -> Result<Var> {
     let channels = network.shape(x).c;
     let average = network.tape().push(GlobalAvgPool, &[x])?;
-    let hidden = network.conv("fc1", average, squeezed, 1, Start::HeNormal)?;
-    let hidden = network.bias("fc1", hidden)?;
-    let hidden = network.tape().push(Silu, &[hidden])?;
-    let logits = network.linear("fc2", hidden, channels)?;
+    let (silu, identity) = (Activation::Silu, Activation::Identity);
+    let hidden = network.linear("fc1", average, squeezed, Start::HeNormal, silu)?;
+    let logits = network.linear("fc2", hidden, channels, Start::Uniform, identity)?;
     network.tape().push(Gate, &[x, logits])
 }

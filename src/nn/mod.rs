@@ -3,7 +3,8 @@
 //!
 //! A [`Network`] wraps the tape while a model is recorded. The same model recorded in
 //! [`Mode::Train`] and in [`Mode::Evaluate`] has the same parameters by the same names, so weights
-//! move between the two by name. Random starting values are keyed by seed and name: models that share
+//! move between the two by name; in [`Mode::Infer`] normalisations are folded into the convolutions
+//! before them ([`load`]). Random starting values are keyed by seed and name: models that share
 //! a layer start from the same weights in it, whatever else they have.
 //!
 //! ```
@@ -33,14 +34,15 @@ pub use unet::UNet;
 use crate::device::cpu::{Element, Session};
 use crate::device::philox::Philox;
 use crate::error::Result;
+use crate::ops::Op;
 use crate::ops::activation::Activation;
 use crate::ops::batch_norm::{BatchNorm, Normalize, RunningStatistics};
-use crate::ops::conv2d::Conv2d;
-use crate::ops::depthwise_conv2d::DepthwiseConv2d;
+use crate::ops::conv2d::{Conv2d, Conv2dBias};
+use crate::ops::depthwise_conv2d::{DepthwiseConv2d, DepthwiseConv2dBias};
 use crate::ops::dropout::Dropout;
-use crate::ops::pointwise::{Add, BiasAdd};
+use crate::ops::pointwise::{Add, BiasAdd, Relu, Silu};
 use crate::ops::stochastic_depth::StochasticDepth;
-use crate::tape::{Tape, Var};
+use crate::tape::{Kind, Tape, Var};
 use crate::tensor::Shape;
 
 /// Added to the variance by batch normalisation.
@@ -60,6 +62,18 @@ pub enum Mode {
     },
     /// Running statistics, nothing random.
     Evaluate,
+    /// As [`Mode::Evaluate`], faster: each convolution takes its bias and activation along, and a batch
+    /// normalisation behind it is part of its weights and bias. Without gradients.
+    Infer,
+}
+
+/// A convolution of [`Mode::Infer`] that stands for one with a batch normalisation behind it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Fold {
+    weight: Var,
+    bias: Var,
+    /// Full name of the normalisation's layer.
+    norm: String,
 }
 
 /// Which outputs of a model are recorded; branches that lead to none are left out.
@@ -97,6 +111,7 @@ pub struct Network<'a> {
     mode: Mode,
     random_layers: u32,
     starts: Vec<(Var, Start)>,
+    folds: Vec<Fold>,
 }
 
 impl<'a> Network<'a> {
@@ -107,6 +122,7 @@ impl<'a> Network<'a> {
             mode,
             random_layers: 0,
             starts: Vec::new(),
+            folds: Vec::new(),
         }
     }
 
@@ -118,6 +134,11 @@ impl<'a> Network<'a> {
     /// All parameters and states recorded so far, in order, and how they start.
     pub fn starts(&self) -> &[(Var, Start)] {
         &self.starts
+    }
+
+    /// The convolutions into which a normalisation was folded.
+    pub fn folds(&self) -> &[Fold] {
+        &self.folds
     }
 
     /// Extent of a value.
@@ -150,72 +171,121 @@ impl<'a> Network<'a> {
         kernel: usize,
         start: Start,
     ) -> Result<Var> {
-        self.strided_conv(layer, x, channels, kernel, 1, start)
+        let shape = Shape::new(channels, kernel, kernel, self.shape(x).c);
+        let weight = self.parameter(layer, "weight", shape, start);
+        let op = Conv2d::new(1, kernel / 2);
+        self.tape.scope(layer, |tape| tape.push(op, &[x, weight]))
     }
 
-    /// As [`Network::conv`] with a stride: the extent is divided by it, rounded up.
+    /// A square convolution to `channels`, zero-padded so that the extent is divided by `stride`, rounded up,
+    /// then batch normalisation and `activation`; parameters `CONV.weight`, `NORM.weight` and `NORM.bias`, states
+    /// `NORM.running_mean` and `NORM.running_var`. In [`Mode::Infer`] there are `CONV.weight` and `CONV.bias`.
+    /// `kernel` is odd.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] never for an odd `kernel`.
-    pub fn strided_conv(
+    pub fn conv_norm(
+        &mut self,
+        [conv, norm]: [&str; 2],
+        x: Var,
+        channels: usize,
+        [kernel, stride]: [usize; 2],
+        activation: Activation,
+    ) -> Result<Var> {
+        let shape = Shape::new(channels, kernel, kernel, self.shape(x).c);
+        let weight = self.parameter(conv, "weight", shape, Start::HeNormal);
+        let op = Conv2d::new(stride, kernel / 2);
+        if let Mode::Infer = self.mode {
+            let op = Conv2dBias {
+                conv: op,
+                activation,
+            };
+            return self.folded([conv, norm], op, x, weight);
+        }
+        let y = self.tape.scope(conv, |tape| tape.push(op, &[x, weight]))?;
+        self.batch_norm(norm, y, activation)
+    }
+
+    /// As [`Network::conv_norm`] with a convolution of each channel by itself.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] never for an odd `kernel`.
+    pub fn depthwise_conv_norm(
+        &mut self,
+        [conv, norm]: [&str; 2],
+        x: Var,
+        [kernel, stride]: [usize; 2],
+        activation: Activation,
+    ) -> Result<Var> {
+        let shape = Shape::new(self.shape(x).c, kernel, kernel, 1);
+        let weight = self.parameter(conv, "weight", shape, Start::HeNormal);
+        let op = DepthwiseConv2d::new(stride, kernel / 2);
+        if let Mode::Infer = self.mode {
+            let op = DepthwiseConv2dBias {
+                conv: op,
+                activation,
+            };
+            return self.folded([conv, norm], op, x, weight);
+        }
+        let y = self.tape.scope(conv, |tape| tape.push(op, &[x, weight]))?;
+        self.batch_norm(norm, y, activation)
+    }
+
+    fn folded(
+        &mut self,
+        [conv, norm]: [&str; 2],
+        op: impl Op + 'static,
+        x: Var,
+        weight: Var,
+    ) -> Result<Var> {
+        let shape = Shape::per_channel(self.shape(weight).n);
+        let bias = self.parameter(conv, "bias", shape, Start::Constant(0.0));
+        let norm = self.tape.scope(norm, |tape| tape.path());
+        self.folds.push(Fold { weight, bias, norm });
+        self.tape
+            .scope(conv, |tape| tape.push(op, &[x, weight, bias]))
+    }
+
+    /// A linear map of the channels, with bias, then `activation`; parameters `LAYER.weight` and `LAYER.bias`.
+    ///
+    /// # Errors
+    /// Never for a value of the tape.
+    pub fn linear(
         &mut self,
         layer: &str,
         x: Var,
         channels: usize,
-        kernel: usize,
-        stride: usize,
         start: Start,
+        activation: Activation,
     ) -> Result<Var> {
-        let shape = Shape::new(channels, kernel, kernel, self.shape(x).c);
+        let shape = Shape::new(channels, 1, 1, self.shape(x).c);
         let weight = self.parameter(layer, "weight", shape, start);
-        let op = Conv2d::new(stride, kernel / 2);
-        self.tape.scope(layer, |tape| tape.push(op, &[x, weight]))
-    }
-
-    /// A square convolution of each channel by itself, zero-padded so that the extent is divided by `stride`,
-    /// rounded up; parameter `LAYER.weight`. `kernel` is odd.
-    ///
-    /// # Errors
-    /// [`crate::Error::Shape`] never for an odd `kernel`.
-    pub fn depthwise_conv(
-        &mut self,
-        layer: &str,
-        x: Var,
-        kernel: usize,
-        stride: usize,
-    ) -> Result<Var> {
-        let shape = Shape::new(self.shape(x).c, kernel, kernel, 1);
-        let weight = self.parameter(layer, "weight", shape, Start::HeNormal);
-        let op = DepthwiseConv2d::new(stride, kernel / 2);
-        self.tape.scope(layer, |tape| tape.push(op, &[x, weight]))
-    }
-
-    /// Adds `LAYER.bias` to each channel.
-    ///
-    /// # Errors
-    /// Never for a value of the tape.
-    pub fn bias(&mut self, layer: &str, x: Var) -> Result<Var> {
-        let shape = Shape::per_channel(self.shape(x).c);
+        let shape = Shape::per_channel(channels);
         let bias = self.parameter(layer, "bias", shape, Start::Constant(0.0));
-        self.tape
-            .scope(layer, |tape| tape.push(BiasAdd, &[x, bias]))
+        let (conv, mode) = (Conv2d::linear(), self.mode);
+        self.tape.scope(layer, |tape| {
+            if let Mode::Infer = mode {
+                return tape.push(Conv2dBias { conv, activation }, &[x, weight, bias]);
+            }
+            let y = tape.push(conv, &[x, weight])?;
+            let y = tape.push(BiasAdd, &[y, bias])?;
+            match activation {
+                Activation::Identity => Ok(y),
+                Activation::Relu => tape.push(Relu, &[y]),
+                Activation::Silu => tape.push(Silu, &[y]),
+            }
+        })
     }
 
-    /// A linear map of the channels, with bias; parameters `LAYER.weight` and `LAYER.bias`.
+    /// A linear map of the channels to one logit, with bias.
     ///
     /// # Errors
     /// Never for a value of the tape.
-    pub fn linear(&mut self, layer: &str, x: Var, channels: usize) -> Result<Var> {
-        let y = self.conv(layer, x, channels, 1, Start::Uniform)?;
-        self.bias(layer, y)
+    pub fn logit(&mut self, layer: &str, x: Var) -> Result<Var> {
+        self.linear(layer, x, 1, Start::Uniform, Activation::Identity)
     }
 
-    /// Batch normalisation and `activation`; parameters `LAYER.weight` and `LAYER.bias`, states
-    /// `LAYER.running_mean` and `LAYER.running_var`.
-    ///
-    /// # Errors
-    /// Never for a value of the tape.
-    pub fn batch_norm(&mut self, layer: &str, x: Var, activation: Activation) -> Result<Var> {
+    fn batch_norm(&mut self, layer: &str, x: Var, activation: Activation) -> Result<Var> {
         let shape = Shape::per_channel(self.shape(x).c);
         let count = self.shape(x).rows();
         let (zero, one) = (Start::Constant(0.0), Start::Constant(1.0));
@@ -237,7 +307,7 @@ impl<'a> Network<'a> {
                 tape.update(update, &[batch[1], batch[2]], &running)?;
                 Ok(batch[0])
             }
-            Mode::Evaluate => {
+            _ => {
                 let inputs = [x, weight, bias, running_mean, running_var];
                 tape.push(Normalize { eps, activation }, &inputs)
             }
@@ -283,6 +353,7 @@ impl<'a> Network<'a> {
             mode,
             random_layers,
             starts,
+            folds,
         } = self;
         tape.scope(name, |tape| {
             let mut inner = Network {
@@ -290,10 +361,12 @@ impl<'a> Network<'a> {
                 mode: *mode,
                 random_layers: *random_layers,
                 starts: std::mem::take(starts),
+                folds: std::mem::take(folds),
             };
             let result = body(&mut inner);
             *random_layers = inner.random_layers;
             *starts = inner.starts;
+            *folds = inner.folds;
             result
         })
     }
@@ -326,6 +399,51 @@ pub fn initialise<T: Element>(session: &mut Session<T>, starts: &[(Var, Start)],
             }
         }
     }
+}
+
+/// Writes the parameters and states of `session`, which replays `tape`, from those of the same network in
+/// training or evaluation, which `source` gives by name and extent; `folds` are those of a tape that was recorded
+/// in [`Mode::Infer`].
+///
+/// # Errors
+/// The first of `source`.
+pub fn load<'a, T: Element>(
+    tape: &Tape,
+    folds: &[Fold],
+    session: &mut Session<T>,
+    mut source: impl FnMut(&str, Shape) -> Result<&'a [T]>,
+) -> Result<()> {
+    for kind in [Kind::Parameter, Kind::State] {
+        for var in tape.of_kind(kind) {
+            if folds.iter().any(|fold| fold.bias == var) {
+                continue;
+            }
+            let (name, shape) = (tape.name(var), tape.shape(var));
+            let values = source(name, shape)?;
+            let Some(fold) = folds.iter().find(|fold| fold.weight == var) else {
+                session.write(var, values);
+                continue;
+            };
+            let mut of_norm = |name: &str| {
+                source(
+                    &format!("{}.{name}", fold.norm),
+                    Shape::per_channel(shape.n),
+                )
+            };
+            let (gamma, beta) = (of_norm("weight")?, of_norm("bias")?);
+            let (mean, variance) = (of_norm("running_mean")?, of_norm("running_var")?);
+            let filter = shape.pixels() * shape.c;
+            for o in 0..shape.n {
+                let factor = gamma[o].wide() / (variance[o].wide() + BATCH_NORM_EPS).sqrt();
+                let weights = session.values_mut(var)[o * filter..].iter_mut();
+                for (to, &w) in weights.zip(&values[o * filter..][..filter]) {
+                    *to = T::of(factor * w.wide());
+                }
+                session.values_mut(fold.bias)[o] = T::of(beta[o].wide() - factor * mean[o].wide());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// FNV-1a, 64 bits: the same on every machine and in every version, unlike the standard library's.

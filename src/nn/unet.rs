@@ -1,7 +1,7 @@
 //! The U-Net (Ronneberger, Fischer, Brox 2015), with bilinear upsampling and a class head on the
 //! bottleneck.
 
-use super::{Heads, Logits, Network, Start};
+use super::{Heads, Logits, Network};
 use crate::error::Result;
 use crate::ops::activation::Activation;
 use crate::ops::concat::Concat;
@@ -47,7 +47,7 @@ impl UNet {
         let malignancy = if heads.malignancy {
             let pooled = network.tape().push(GlobalAvgPool, &[x])?;
             let pooled = network.dropout(pooled, self.dropout)?;
-            Some(network.linear("malignancy", pooled, 1)?)
+            Some(network.logit("malignancy", pooled)?)
         } else {
             None
         };
@@ -58,7 +58,7 @@ impl UNet {
                 let width = self.widths[level];
                 x = network.scope(&format!("decoder.{level}"), |n| block(n, x, width))?;
             }
-            Some(network.linear("mask", x, 1)?)
+            Some(network.logit("mask", x)?)
         } else {
             None
         };
@@ -69,8 +69,8 @@ impl UNet {
 /// Two 3×3 convolutions, each with batch normalisation and ReLU.
 pub(super) fn block(network: &mut Network<'_>, mut x: Var, width: usize) -> Result<Var> {
     for i in 1..=2 {
-        x = network.conv(&format!("conv{i}"), x, width, 3, Start::HeNormal)?;
-        x = network.batch_norm(&format!("norm{i}"), x, Activation::Relu)?;
+        let layers = [&*format!("conv{i}"), &*format!("norm{i}")];
+        x = network.conv_norm(layers, x, width, [3, 1], Activation::Relu)?;
     }
     Ok(x)
 }

@@ -1,9 +1,11 @@
 //! Nonlinearities that other operations apply on the way, so that they cost no pass over memory.
 
+use std::ops::Range;
+
 use crate::device::simd::Lanes;
 use crate::tensor::Real;
 
-/// The nonlinearity `a` that a normalisation applies to its result.
+/// The nonlinearity `a` that a normalisation, or a convolution with bias, applies to its result.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Activation {
     /// `a(u) = u`.
@@ -46,6 +48,42 @@ impl Activation {
             Self::Identity => 0,
             Self::Relu => 1,
             Self::Silu => 13,
+        }
+    }
+}
+
+/// What a convolution does to its sums while they are in cache: `a(sum + b)`, with one `b` per channel.
+#[derive(Clone, Copy)]
+pub(super) struct Epilogue<'a, T> {
+    /// Of every channel.
+    pub bias: &'a [T],
+    pub activation: Activation,
+}
+
+impl<T: Real> Epilogue<'_, T> {
+    /// Finishes the sums of `pixels` pixels, `stride` elements apart, from their first of `channels` at `y` on.
+    ///
+    /// # Safety
+    /// `y` must be readable and writable for `channels.len()` elements from every `pixel·stride`, with no other
+    /// access to those meanwhile.
+    #[inline(always)]
+    pub unsafe fn finish<L: Lanes<Elem = T>>(
+        &self,
+        y: *mut T,
+        pixels: usize,
+        stride: usize,
+        channels: Range<usize>,
+    ) {
+        for (i, bias) in self.bias[channels].chunks(L::N).enumerate() {
+            let (vector, lanes) = (L::load_first(bias), bias.len());
+            for pixel in 0..pixels {
+                // SAFETY: the caller's.
+                let y = unsafe {
+                    std::slice::from_raw_parts_mut(y.add(pixel * stride + i * L::N), lanes)
+                };
+                let sum = L::load_first(y);
+                self.activation.apply(sum + vector).store_first(y);
+            }
         }
     }
 }

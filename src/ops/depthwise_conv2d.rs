@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::activation::{Activation, Epilogue};
 use super::conv2d::expect;
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
@@ -232,6 +233,19 @@ pub fn forward<T: Real>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
+    correlate(level, geometry, x, w, None, y, scratch);
+}
+
+/// [`forward`] with an epilogue.
+fn correlate<T: Real>(
+    level: Level,
+    geometry: &Geometry,
+    x: &[T],
+    w: &[T],
+    epilogue: Option<Epilogue<'_, T>>,
+    y: &mut [T],
+    scratch: &mut [T],
+) {
     check(geometry, x.len(), w.len(), y.len());
     let packed = pack(geometry, w, scratch);
     let (from, to) = (geometry.x, geometry.output());
@@ -247,6 +261,7 @@ pub fn forward<T: Real>(
                 row: row % to.h,
                 columns: |_| geometry.axis(1),
                 phases: 1,
+                epilogue,
                 y,
             };
             simd::dispatch_at(level, row);
@@ -282,6 +297,7 @@ pub fn input_gradient<T: Real>(
                 row: row / stride[0],
                 columns: |phase| geometry.phase(1, phase),
                 phases: stride[1],
+                epilogue: None,
                 y: dx,
             };
             simd::dispatch_at(level, row);
@@ -328,6 +344,7 @@ struct Row<'a, T, F> {
     /// The correlation along columns in each phase.
     columns: F,
     phases: usize,
+    epilogue: Option<Epilogue<'a, T>>,
     y: &'a mut [T],
 }
 
@@ -362,6 +379,11 @@ impl<T: Real, F: Fn(usize) -> Axis> simd::Kernel<T> for Row<'_, T, F> {
             for pixel in (0..interior.start).chain(interior.end..columns.pixels) {
                 self.pixel::<L>(&columns, pixel, 0);
             }
+        }
+        if let Some(epilogue) = &self.epilogue {
+            let (c, pixels) = (self.c, self.y.len() / self.c);
+            // SAFETY: the row of `y` holds so many pixels.
+            unsafe { epilogue.finish::<L>(self.y.as_mut_ptr(), pixels, c, 0..c) };
         }
     }
 }
@@ -727,6 +749,55 @@ impl Op for DepthwiseConv2d {
     }
 }
 
+/// `y = a(x ∗ w + b)`, inputs `x`, `w` as of [`DepthwiseConv2d`] and `b` (per channel), for inference: see
+/// [`Conv2dBias`](super::conv2d::Conv2dBias). It has no gradient.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DepthwiseConv2dBias {
+    /// The convolution.
+    pub conv: DepthwiseConv2d,
+    /// Applied to the result.
+    pub activation: Activation,
+}
+
+impl<T: Real> Kernel<T> for DepthwiseConv2dBias {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let geometry = self.conv.accepted(io.input_shape(0), io.input_shape(1));
+        let (x, w) = (io.input(0), io.input(1));
+        let epilogue = Epilogue {
+            bias: io.input(2),
+            activation: self.activation,
+        };
+        let (y, scratch) = (io.output(0), io.scratch());
+        correlate(
+            Level::current(),
+            &geometry,
+            x,
+            w,
+            Some(epilogue),
+            y,
+            scratch,
+        );
+    }
+}
+
+impl Op for DepthwiseConv2dBias {
+    fn name(&self) -> &'static str {
+        "depthwise_conv2d_bias"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        let y = self.conv.geometry(inputs[0], inputs[1])?.output();
+        expect(self.name(), &inputs[2..], [Shape::per_channel(y.c)])?;
+        Ok(vec![y])
+    }
+    fn flops(&self, inputs: &[Shape], outputs: &[Shape]) -> u64 {
+        let each = 1 + self.activation.flops();
+        self.conv.flops(inputs, outputs) + each * outputs[0].len() as u64
+    }
+    fn scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
+        self.conv.scratch(inputs, outputs)
+    }
+}
+
 /// The gradient of [`DepthwiseConv2d`] for `x`; inputs `dy`, `w`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DepthwiseInputGradient {
@@ -866,6 +937,51 @@ mod tests {
         (0..len)
             .map(|i| T::of(value(i) as f64 / 32768.0 - 1.0))
             .collect()
+    }
+
+    fn check_epilogue<T: Real>(g: &Geometry) -> std::result::Result<(), TestCaseError> {
+        let (x, w) = (values::<T>(g.x.len(), 1), values::<T>(g.w.len(), 2));
+        let bias = values::<T>(g.x.c, 4);
+        for level in Level::available() {
+            let fresh = |len: usize| vec![T::nan(); len];
+            let run = |epilogue| {
+                let (mut y, mut scratch) = (fresh(g.output().len()), fresh(g.scratch()));
+                correlate(level, g, &x, &w, epilogue, &mut y, &mut scratch);
+                y
+            };
+            let sums = run(None);
+            for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
+                let found = run(Some(Epilogue {
+                    bias: &bias,
+                    activation,
+                }));
+                for (i, (found, sum)) in found.iter().zip(&sums).enumerate() {
+                    let u = sum.wide() + bias[i % g.x.c].wide();
+                    let expected = match activation {
+                        Activation::Identity => u,
+                        Activation::Relu => u.max(0.0),
+                        Activation::Silu => u / (1.0 + (-u).exp()),
+                    };
+                    let error = (found.wide() - expected).abs();
+                    let tolerance = 8.0 * T::epsilon().wide() * (1.0 + sum.wide().abs());
+                    prop_assert!(
+                        error <= tolerance,
+                        "{level:?}, {activation:?}, {i}: {found} for {expected}"
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn bias_and_activation_are_those_of_the_sums(g in geometry()) {
+            check_epilogue::<f32>(&g)?;
+            check_epilogue::<f64>(&g)?;
+        }
     }
 
     fn ours<T: Real>(level: Level, g: &Geometry) -> [Vec<T>; 3] {

@@ -148,8 +148,13 @@ impl Tape {
         result
     }
 
+    /// The names of the scopes that it is in, joined by dots.
+    pub fn path(&self) -> String {
+        self.scopes.join(".")
+    }
+
     fn value(&mut self, name: &str, shape: Shape, kind: Kind) -> Var {
-        let mut full = self.scopes.join(".");
+        let mut full = self.path();
         if !full.is_empty() {
             full.push('.');
         }

@@ -172,19 +172,14 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Writes the parameters and states of an evaluation `session`, from the moving averages if the
-    /// run kept them. `path` is for the message.
+    /// A tensor of the network that is evaluated, from the moving averages if the run kept them. `path` is for the
+    /// message.
     ///
     /// # Errors
-    /// [`Error::File`] naming the first tensor that is missing or of another shape.
-    pub fn evaluate(&self, path: &Path, tape: &Tape, session: &mut Session<f32>) -> Result<()> {
-        let prefix = weights_prefix(&self.config);
-        let wanted: Vec<_> = persistent(tape).collect();
-        for (var, name, shape) in wanted {
-            let tensor = self.expect(path, &format!("{prefix}{name}"), name, shape)?;
-            session.write(var, tensor.data());
-        }
-        Ok(())
+    /// [`Error::File`] naming it if it is missing or of another shape.
+    pub fn weight(&self, path: &Path, name: &str, shape: Shape) -> Result<&[f32]> {
+        let stored = format!("{}{name}", weights_prefix(&self.config));
+        Ok(self.expect(path, &stored, name, shape)?.data())
     }
 
     /// Starts the weights and running statistics of `session` from those in the file that have the same

@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::features::{MaskSums, Prior, ShapeFeatures};
 use crate::metrics::Mask;
 use crate::metrics::classification::THRESHOLD;
-use crate::tape::{Kind, Var};
+use crate::tape::Kind;
+use crate::tensor::Shape;
 
 /// Name of the configuration in a run's folder.
 pub const CONFIG: &str = "config.toml";
@@ -58,7 +59,7 @@ impl Model {
     /// # Errors
     /// As [`Evaluation::record`] and [`Evaluation::session`].
     pub fn new(config: Config) -> Result<Self> {
-        let evaluation = Evaluation::record(&config)?;
+        let evaluation = Evaluation::folded(&config)?;
         let session = evaluation.session()?;
         Ok(Self {
             config,
@@ -81,7 +82,8 @@ impl Model {
         let mut model = Self::new(Config::load(Some(&path), &[])?)?;
         let path = run.join(BEST);
         let checkpoint = Checkpoint::read(&path)?;
-        checkpoint.evaluate(&path, &model.evaluation.tape, &mut model.session)?;
+        let weight = |name: &str, shape| checkpoint.weight(&path, name, shape);
+        model.evaluation.load(&mut model.session, weight)?;
         model.prior = prior(|name| {
             let averaged = format!("{}{name}", weights_prefix(&checkpoint.config));
             let tensor = checkpoint.tensor(&averaged);
@@ -97,21 +99,24 @@ impl Model {
     }
 
     /// Takes the weights as they stand in training: moving averages if there are any.
-    pub fn copy_weights(&mut self, step: &TrainingStep, training: &Session<f32>) {
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming the first weight that `step` lacks: it trains another network.
+    pub fn copy_weights(&mut self, step: &TrainingStep, training: &Session<f32>) -> Result<()> {
         let prefix = weights_prefix(&self.config);
-        let find = |name: &str| -> Option<Var> {
+        let weight = |name: &str, shape: Shape| -> Result<&[f32]> {
             let averaged = format!("{prefix}{name}");
-            [Kind::Parameter, Kind::State]
-                .into_iter()
-                .find_map(|kind| step.tape.find(kind, &averaged))
-        };
-        let tape = &self.evaluation.tape;
-        for kind in [Kind::Parameter, Kind::State] {
-            for var in tape.of_kind(kind) {
-                let source = find(tape.name(var)).expect("both tapes record one network");
-                self.session.write(var, training.read(source));
+            let mut kinds = [Kind::Parameter, Kind::State].into_iter();
+            let var = kinds.find_map(|kind| step.tape.find(kind, &averaged));
+            match var.filter(|&var| step.tape.shape(var) == shape) {
+                Some(var) => Ok(training.read(var)),
+                None => Err(Error::shape(
+                    "weights",
+                    format!("expected {name}, {shape}, found none"),
+                )),
             }
-        }
+        };
+        self.evaluation.load(&mut self.session, weight)
     }
 
     /// Shows up to a batch of letterboxed 8-bit images to the network.

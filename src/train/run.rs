@@ -579,7 +579,7 @@ impl<'a> Run<'a> {
 
     /// Validates, and writes a row of metrics and the checkpoints.
     fn end_epoch(&mut self, started: Instant) -> Result<()> {
-        let (dice, auc) = self.validate();
+        let (dice, auc) = self.validate()?;
         let images = self.data.fold.train.len() as f64;
         let sums = std::mem::take(&mut self.position.sums);
         let means: Vec<f64> = sums.iter().map(|sum| sum / images).collect();
@@ -638,8 +638,8 @@ impl<'a> Run<'a> {
     }
 
     /// Mean Dice at the network's resolution over the validation fold, and its AUC.
-    fn validate(&mut self) -> (Option<f64>, Option<f64>) {
-        self.model.copy_weights(&self.step, &self.session);
+    fn validate(&mut self) -> Result<(Option<f64>, Option<f64>)> {
+        self.model.copy_weights(&self.step, &self.session)?;
         let (examples, cases) = (&self.data.examples, self.data.source.cases());
         let validation = &self.data.fold.validation;
         let (mut dice, mut scores) = (0.0, Vec::new());
@@ -656,7 +656,7 @@ impl<'a> Run<'a> {
         }
         let segments = self.config.arm.segments();
         let dice = segments.then_some(dice / validation.len() as f64);
-        (dice, Auc::of(&scores).map(|auc| auc.value))
+        Ok((dice, Auc::of(&scores).map(|auc| auc.value)))
     }
 
     /// The best weights on the validation fold, at original resolution.

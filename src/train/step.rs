@@ -5,7 +5,9 @@ use crate::device::cpu::{Element, Session};
 use crate::error::Result;
 use crate::features;
 use crate::loss::{Loss, Prior, Targets, Terms, Tie};
-use crate::nn::{self, AttentionUNet, EfficientNet, Heads, Logits, Mode, Network, Start, UNet};
+use crate::nn::{
+    self, AttentionUNet, EfficientNet, Fold, Heads, Logits, Mode, Network, Start, UNet,
+};
 use crate::ops::control;
 use crate::optim::{AdamW, Rule};
 use crate::tape::{Kind, Options, Plan, Tape, Var};
@@ -196,24 +198,42 @@ pub struct Evaluation {
     pub images: Var,
     /// Outputs, kept.
     pub logits: Logits,
+    /// Parameters and states, and how they start.
+    pub starts: Vec<(Var, Start)>,
+    folds: Vec<Fold>,
 }
 
 impl Evaluation {
-    /// Records the network that `config` describes, for batches of its size.
+    /// Records the network that `config` describes, for batches of its size, in [`Mode::Evaluate`].
     ///
     /// # Errors
     /// [`crate::Error::Shape`] if the configuration was not validated.
     pub fn record(config: &Config) -> Result<Self> {
+        Self::record_in(Mode::Evaluate, config)
+    }
+
+    /// As [`Evaluation::record`] in [`Mode::Infer`]: the same numbers, but for rounding, in less time.
+    ///
+    /// # Errors
+    /// As [`Evaluation::record`].
+    pub fn folded(config: &Config) -> Result<Self> {
+        Self::record_in(Mode::Infer, config)
+    }
+
+    fn record_in(mode: Mode, config: &Config) -> Result<Self> {
         let mut tape = Tape::new();
         let images = tape.input("images", images(config));
-        let mut network = Network::new(&mut tape, Mode::Evaluate);
+        let mut network = Network::new(&mut tape, mode);
         let logits = record(config, &mut network, images)?;
+        let (starts, folds) = (network.starts().to_vec(), network.folds().to_vec());
         let kept = [logits.mask, logits.malignancy];
         kept.into_iter().flatten().for_each(|v| tape.keep(v));
         Ok(Self {
             tape,
             images,
             logits,
+            starts,
+            folds,
         })
     }
 
@@ -223,5 +243,17 @@ impl Evaluation {
     /// [`crate::Error::Argument`] if there is not enough memory.
     pub fn session(&self) -> Result<Session<f32>> {
         Session::new(Plan::new(&self.tape, Options::default())?)
+    }
+
+    /// Writes the weights of `session`: [`nn::load`].
+    ///
+    /// # Errors
+    /// The first of `source`.
+    pub fn load<'a>(
+        &self,
+        session: &mut Session<f32>,
+        source: impl FnMut(&str, Shape) -> Result<&'a [f32]>,
+    ) -> Result<()> {
+        nn::load(&self.tape, &self.folds, session, source)
     }
 }

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::tile::{Walk, strip, widest};
 use super::{SLOTS, Shared, Slabs, aligned, pieces};
 use crate::device::simd::{self, Kernel, Lanes, Level, MAX_LANES};
+use crate::ops::activation::Epilogue;
 use crate::tensor::{Real, Shape};
 
 /// Elements of a slab that are aimed at: with as many bytes of weights it fits a core's second-level cache.
@@ -162,8 +163,16 @@ impl Correlation {
             + cut.tasks.min(SLOTS) * cut.slab
     }
 
-    /// Computes the correlation.
-    pub fn run<T: Real>(&self, level: Level, x: &[T], w: &[T], y: &mut [T], scratch: &mut [T]) {
+    /// Computes the correlation, and `epilogue` of its sums; there must be some.
+    pub fn run<T: Real>(
+        &self,
+        level: Level,
+        x: &[T],
+        w: &[T],
+        epilogue: Option<Epilogue<'_, T>>,
+        y: &mut [T],
+        scratch: &mut [T],
+    ) {
         if self.is_empty() {
             return;
         }
@@ -188,6 +197,7 @@ impl Correlation {
                         task,
                         x,
                         packed,
+                        epilogue,
                         y,
                         slab,
                     },
@@ -271,6 +281,7 @@ struct Task<'a, T> {
     task: usize,
     x: &'a [T],
     packed: &'a [T],
+    epilogue: Option<Epilogue<'a, T>>,
     y: Shared<T>,
     slab: &'a mut [T],
 }
@@ -314,6 +325,7 @@ impl<T: Real> Kernel<T> for Task<'_, T> {
                 (self.slab.as_ptr(), depth, extent[1] * depth)
             };
             let inner = of.taps[1] * depth;
+            let epilogue = self.epilogue.filter(|_| pass + depth == of.x.c);
             for first in (channel..channel_end).step_by(widest::<L>() * L::N) {
                 let width = (widest::<L>() * L::N).min(channel_end - first);
                 let lanes = width.next_multiple_of(L::N);
@@ -342,6 +354,10 @@ impl<T: Real> Kernel<T> for Task<'_, T> {
                     unsafe {
                         let a = a.add(i * of.stride[0] * a_image_row);
                         strip::<L>(&walk, a, weights, self.y.at(y), columns, width);
+                        if let Some(epilogue) = &epilogue {
+                            let channels = first..first + width;
+                            epilogue.finish::<L>(self.y.at(y), columns, of.y.column, channels);
+                        }
                     }
                 }
             }

@@ -4,6 +4,7 @@ use super::correlate::{Bank, Correlation, Placement};
 use super::weights;
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
+use crate::ops::activation::Epilogue;
 use crate::tensor::{Real, Shape};
 
 /// The extents of a convolution. Rows come before columns in every pair.
@@ -193,8 +194,21 @@ pub fn forward<T: Real>(
     y: &mut [T],
     scratch: &mut [T],
 ) {
+    correlate(level, geometry, x, w, None, y, scratch);
+}
+
+/// [`forward`] with an epilogue.
+pub(super) fn correlate<T: Real>(
+    level: Level,
+    geometry: &Geometry,
+    x: &[T],
+    w: &[T],
+    epilogue: Option<Epilogue<'_, T>>,
+    y: &mut [T],
+    scratch: &mut [T],
+) {
     check(geometry, x.len(), w.len(), y.len());
-    geometry.forward().run(level, x, w, y, scratch);
+    geometry.forward().run(level, x, w, epilogue, y, scratch);
 }
 
 /// `dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, o] · w[o, r, s, c]`.
@@ -211,7 +225,7 @@ pub fn input_gradient<T: Real>(
 ) {
     check(geometry, dx.len(), w.len(), dy.len());
     for phase in geometry.phases() {
-        phase.run(level, dy, w, dx, scratch);
+        phase.run(level, dy, w, None, dx, scratch);
     }
 }
 

@@ -17,6 +17,7 @@ pub use geometry::{Geometry, forward, input_gradient, weight_gradient};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::activation::{Activation, Epilogue};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
 use crate::device::gpu::launch::Launches;
@@ -111,6 +112,57 @@ impl Op for Conv2d {
     }
 }
 
+/// `y = a(x ∗ w + b)`, inputs `x`, `w` as of [`Conv2d`] and `b` (per output channel): a convolution with all that
+/// follows it in inference, where normalisation is part of `w` and `b`. It has no gradient.
+///
+/// Passes over memory: those of the convolution; bias and activation are applied while its sums are in cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Conv2dBias {
+    /// The convolution.
+    pub conv: Conv2d,
+    /// Applied to the result.
+    pub activation: Activation,
+}
+
+impl<T: Real> Kernel<T> for Conv2dBias {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let geometry = self.conv.accepted(io.input_shape(0), io.input_shape(1));
+        let (x, w) = (io.input(0), io.input(1));
+        let epilogue = Epilogue {
+            bias: io.input(2),
+            activation: self.activation,
+        };
+        let (y, scratch) = (io.output(0), io.scratch());
+        geometry::correlate(
+            Level::current(),
+            &geometry,
+            x,
+            w,
+            Some(epilogue),
+            y,
+            scratch,
+        );
+    }
+}
+
+impl Op for Conv2dBias {
+    fn name(&self) -> &'static str {
+        "conv2d_bias"
+    }
+    fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+        let y = self.conv.geometry(inputs[0], inputs[1])?.output();
+        expect(self.name(), &inputs[2..], [Shape::per_channel(y.c)])?;
+        Ok(vec![y])
+    }
+    fn flops(&self, inputs: &[Shape], outputs: &[Shape]) -> u64 {
+        let each = 1 + self.activation.flops();
+        self.conv.flops(inputs, outputs) + each * outputs[0].len() as u64
+    }
+    fn scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
+        self.conv.scratch(inputs, outputs)
+    }
+}
+
 /// The gradient of [`Conv2d`] for `x`; inputs `w`, `dy`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conv2dInputGradient {
@@ -200,8 +252,12 @@ impl Op for Conv2dWeightGradient {
     }
 }
 
-/// Refuses inputs of a gradient that do not have the extents of its convolution.
-pub(super) fn expect(op: &'static str, inputs: &[Shape], expected: [Shape; 2]) -> Result<()> {
+/// Refuses inputs that do not have the extents that the convolution gives them.
+pub(super) fn expect<const N: usize>(
+    op: &'static str,
+    inputs: &[Shape],
+    expected: [Shape; N],
+) -> Result<()> {
     if inputs == expected {
         Ok(())
     } else {

@@ -156,6 +156,90 @@ proptest! {
     }
 }
 
+/// `a(y + b)` of a convolution's `y`, in f64.
+fn finished<T: Real>(y: &[T], b: &[T], activation: Activation) -> Vec<f64> {
+    let of = |(i, y): (usize, &T)| {
+        let u = y.wide() + b[i % b.len()].wide();
+        match activation {
+            Activation::Identity => u,
+            Activation::Relu => u.max(0.0),
+            Activation::Silu => u / (1.0 + (-u).exp()),
+        }
+    };
+    y.iter().enumerate().map(of).collect()
+}
+
+fn check_epilogue<T: Real>(g: &Geometry) -> Result<(), TestCaseError> {
+    let (x, w) = (values::<T>(g.x, 1), values::<T>(g.w, 2));
+    let bias = values::<T>(Shape::per_channel(g.w.n), 4);
+    for level in Level::available() {
+        let fresh = |len: usize| vec![T::nan(); len];
+        let run = |epilogue| {
+            let (mut y, mut scratch) = (fresh(g.output().len()), fresh(g.forward_scratch()));
+            let (x, w) = (x.data(), w.data());
+            geometry::correlate(level, g, x, w, epilogue, &mut y, &mut scratch);
+            y
+        };
+        let sums = run(None);
+        for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
+            let bias = bias.data();
+            let found = run(Some(Epilogue { bias, activation }));
+            let expected = finished(&sums, bias, activation);
+            for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let error = (found.wide() - expected).abs();
+                let tolerance = 8.0 * T::epsilon().wide() * (1.0 + sums[i].wide().abs());
+                prop_assert!(
+                    error <= tolerance,
+                    "{level:?}, {activation:?}, {i}: {found} for {expected}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn bias_and_activation_are_those_of_the_sums(g in geometry()) {
+        check_epilogue::<f32>(&g)?;
+        check_epilogue::<f64>(&g)?;
+    }
+}
+
+/// Sums that are made in several passes are finished once.
+#[test]
+fn bias_and_activation_follow_the_last_pass() {
+    let shapes = [
+        (Shape::new(1, 8, 8, 300), Shape::new(130, 3, 3, 300)),
+        (Shape::new(2, 5, 7, 260), Shape::new(70, 1, 1, 260)),
+    ];
+    for (x, w) in shapes {
+        let g = Geometry::new(x, w, [1, 1], [w.h / 2; 2]).unwrap();
+        check_epilogue::<f32>(&g).unwrap();
+        check_epilogue::<f64>(&g).unwrap();
+    }
+}
+
+#[test]
+fn a_bias_that_does_not_fit_is_refused() {
+    let op = Conv2dBias {
+        conv: Conv2d::new(1, 1),
+        activation: Activation::Relu,
+    };
+    let (x, w) = (Shape::new(1, 4, 4, 3), Shape::new(2, 3, 3, 3));
+    assert_eq!(
+        op.outputs(&[x, w, Shape::per_channel(2)]).unwrap(),
+        [Shape::new(1, 4, 4, 2)]
+    );
+    let error = op.outputs(&[x, w, Shape::per_channel(3)]).unwrap_err();
+    assert!(
+        error.to_string().starts_with("conv2d_bias: expected"),
+        "{error}"
+    );
+}
+
 /// Layers large enough to be cut along every axis: several blocks, ranges of channels, and chunks.
 #[test]
 fn large_layers_match_the_definition() {
