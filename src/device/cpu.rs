@@ -1,5 +1,7 @@
 //! The CPU: a session owns a plan's arena and replays its steps; rayon works inside the kernels.
 
+use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::marker::PhantomData;
 
 use memmap2::MmapMut;
@@ -126,6 +128,7 @@ pub struct Session<T> {
     plan: Plan,
     arena: Arena<T>,
     taken: Vec<bool>,
+    fetched: VecDeque<Vec<T>>,
 }
 
 impl<T: Element> Session<T> {
@@ -153,6 +156,7 @@ impl<T: Element> Session<T> {
             plan,
             arena,
             taken: vec![false; outputs],
+            fetched: VecDeque::new(),
         })
     }
 
@@ -242,6 +246,33 @@ impl<T: Element> Session<T> {
             lifetime: PhantomData,
         };
         T::run(&*step.op, &mut io);
+    }
+}
+
+impl<T: Element> super::Session<T> for Session<T> {
+    fn plan(&self) -> &Plan {
+        self.plan()
+    }
+    fn write(&mut self, var: Var, elements: &[T]) -> Result<()> {
+        self.write(var, elements);
+        Ok(())
+    }
+    fn read(&self, var: Var) -> Result<Cow<'_, [T]>> {
+        Ok(Cow::Borrowed(self.read(var)))
+    }
+    fn replay(&mut self) -> Result<()> {
+        self.run();
+        Ok(())
+    }
+    fn replay_checked(&mut self) -> Result<Option<String>> {
+        Ok(self.run_checked())
+    }
+    fn fetch(&mut self, var: Var) -> Result<()> {
+        self.fetched.push_back(self.read(var).to_vec());
+        Ok(())
+    }
+    fn fetched(&mut self) -> Result<Option<Vec<T>>> {
+        Ok(self.fetched.pop_front())
     }
 }
 

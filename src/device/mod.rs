@@ -10,3 +10,95 @@ pub mod gpu;
 pub(crate) mod nvcc;
 pub mod philox;
 pub mod simd;
+
+use std::borrow::Cow;
+
+use crate::error::Result;
+use crate::tape::{Options, Plan, Tape, Var};
+
+use self::gpu::Gpu;
+
+/// The memory of one plan and its replay, wherever that is: what training and evaluation need. Work may only be
+/// queued when a call returns; [`Session::read`] and [`Session::fetched`] wait for it.
+pub trait Session<T: Clone>: Send + Sync {
+    /// What is replayed.
+    fn plan(&self) -> &Plan;
+
+    /// Writes an input, parameter or state, behind the replays queued so far.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device refuses, or an earlier kernel failed.
+    ///
+    /// # Panics
+    /// If the value is computed by the tape or holds another number of elements.
+    fn write(&mut self, var: Var, elements: &[T]) -> Result<()>;
+
+    /// The elements of a persistent or kept value, once the replays queued so far are done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if a kernel failed.
+    ///
+    /// # Panics
+    /// If the value is neither: its memory may hold something else by now.
+    fn read(&self, var: Var) -> Result<Cow<'_, [T]>>;
+
+    /// Queues one replay; a GPU does it as one captured graph.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device refuses.
+    fn replay(&mut self) -> Result<()>;
+
+    /// Replays and returns the name of the first value with a NaN or infinity among its elements, in the order
+    /// of the tape; stops there.
+    ///
+    /// # Errors
+    /// As [`Session::read`].
+    fn replay_checked(&mut self) -> Result<Option<String>>;
+
+    /// Takes a copy of a small kept value as the replays queued so far leave it; [`Session::fetched`] returns it.
+    ///
+    /// # Errors
+    /// As [`Session::replay`].
+    ///
+    /// # Panics
+    /// As [`Session::read`], or if the value takes more than 4 KiB.
+    fn fetch(&mut self, var: Var) -> Result<()>;
+
+    /// The oldest copy that was fetched, once it is there: what was queued behind it need not be done. None if
+    /// there is no such copy.
+    ///
+    /// # Errors
+    /// As [`Session::read`].
+    fn fetched(&mut self) -> Result<Option<Vec<T>>>;
+}
+
+/// Where tapes are replayed.
+#[derive(Clone, Default, Debug)]
+pub enum Backend {
+    /// This machine's processor.
+    #[default]
+    Cpu,
+    /// A GPU or the emulator.
+    Gpu {
+        /// Which.
+        gpu: Gpu,
+        /// Whether activations are stored as bf16 ([`crate::tape::Value::narrow`]).
+        narrow: bool,
+    },
+}
+
+impl Backend {
+    /// Lays out the memory of `tape` and allocates it; all values start as zeros.
+    ///
+    /// # Errors
+    /// As [`cpu::Session::new`] and [`gpu::Session::new`].
+    pub fn session(&self, tape: &Tape) -> Result<Box<dyn Session<f32>>> {
+        Ok(match self {
+            Self::Cpu => Box::new(cpu::Session::new(Plan::new(tape, Options::default())?)?),
+            Self::Gpu { gpu, narrow } => {
+                let plan = Plan::new(tape, Options::gpu(*narrow))?;
+                Box::new(gpu::Session::new(gpu, plan)?)
+            }
+        })
+    }
+}

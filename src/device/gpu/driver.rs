@@ -6,7 +6,8 @@
 //! - Memory comes from `cuMemAlloc`: a session allocates its arena once and keeps it, so that a pool
 //!   would only hold on to what nobody uses.
 //! - Copies go through two pieces of pinned memory in turn, so that the copying of one overlaps the
-//!   filling of the other, and the caller's memory is free as soon as a call returns.
+//!   filling of the other, and the caller's memory is free as soon as a call returns. Small ones share a piece:
+//!   they wait for no earlier work until it is full.
 //! - A kernel's failure shows at whatever waits for it, and ends all work of the process on the GPU; from
 //!   then on every call returns the first failure.
 //! - While a thread captures a graph, the stream takes that thread's launches and nothing else: other
@@ -31,7 +32,7 @@ use sys::CUresult as Answer;
 use self::compile::Nvrtc;
 use self::library::{Refusal, check, problem};
 use super::launch::Grid;
-use super::{Description, End, Function};
+use super::{Description, End, FETCH, Function};
 use crate::device::code::{self, COMPILER, Code, Module};
 use crate::error::{Error, Result};
 
@@ -55,6 +56,7 @@ pub(super) struct Driver {
     /// Drivers before CUDA 12.4 tell no parameters.
     parameter: Option<Parameter>,
     staging: Mutex<Staging>,
+    fetches: Mutex<Fetches>,
     kernels: Mutex<Kernels>,
     /// The thread that captures a graph. Calls hold it as long as they use the stream, so that a capture
     /// begins between them.
@@ -76,13 +78,23 @@ unsafe impl Sync for Driver {}
 /// Two pieces of pinned memory, used in turn.
 struct Staging {
     pieces: [Piece; 2],
-    next: usize,
+    /// The piece in use, and how many of its bytes are taken.
+    at: usize,
+    taken: usize,
 }
 
 struct Piece {
     host: *mut u8,
     /// Behind the last copy from or to it.
     copied: sys::CUevent,
+}
+
+/// Pieces of pinned memory for copies that are waited for one by one.
+#[derive(Default)]
+struct Fetches {
+    pieces: Vec<Piece>,
+    /// Those that no fetch holds.
+    free: Vec<usize>,
 }
 
 /// What was loaded so far.
@@ -130,10 +142,6 @@ impl Driver {
         // SAFETY: the library is started; the device is one of its own.
         unsafe { check(sys::cuDevicePrimaryCtxRetain(&raw mut context, gpu.device)) }
             .map_err(fails)?;
-        let piece = || Piece {
-            host: ptr::null_mut(),
-            copied: ptr::null_mut(),
-        };
         // From here on its own `drop` releases what there is.
         let mut driver = Self {
             description: gpu.description,
@@ -145,9 +153,11 @@ impl Driver {
             // SAFETY: the type is that of the documentation.
             parameter: unsafe { library::symbol("cuFuncGetParamInfo") },
             staging: Mutex::new(Staging {
-                pieces: [piece(), piece()],
-                next: 0,
+                pieces: [Piece::none(), Piece::none()],
+                at: 0,
+                taken: 0,
             }),
+            fetches: Mutex::default(),
             kernels: Mutex::default(),
             capturing: RwLock::default(),
             given_back: Mutex::default(),
@@ -156,21 +166,17 @@ impl Driver {
             failure: OnceLock::new(),
         };
         let stream = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        let event = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: the context is retained; each call writes to a variable of its type. Pinned memory
-        // with flags 0 is cached, and so can be read as well as written.
+        // SAFETY: the context is retained; each call writes to a variable of its type.
         unsafe {
             check(sys::cuCtxSetCurrent(driver.context)).map_err(fails)?;
             check(sys::cuStreamCreate(&raw mut driver.stream, stream)).map_err(fails)?;
-            let staging = driver
-                .staging
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner);
-            for piece in &mut staging.pieces {
-                let host: *mut *mut u8 = &raw mut piece.host;
-                check(sys::cuMemHostAlloc(host.cast(), PIECE, 0)).map_err(fails)?;
-                check(sys::cuEventCreate(&raw mut piece.copied, event)).map_err(fails)?;
-            }
+        }
+        let staging = driver
+            .staging
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        for piece in &mut staging.pieces {
+            piece.make(PIECE).map_err(fails)?;
         }
         Ok(driver)
     }
@@ -385,13 +391,54 @@ fn aligned(code: &[u8]) -> Vec<u64> {
     copy
 }
 
+impl Piece {
+    fn none() -> Self {
+        Self {
+            host: ptr::null_mut(),
+            copied: ptr::null_mut(),
+        }
+    }
+
+    /// Gives it memory and an event. The context is current.
+    fn make(&mut self, bytes: usize) -> Result<(), Refusal> {
+        let event = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let host: *mut *mut u8 = &raw mut self.host;
+        // SAFETY: each call writes to a variable of its type. Pinned memory with flags 0 is cached, and so can
+        // be read as well as written.
+        unsafe {
+            check(sys::cuMemHostAlloc(host.cast(), bytes, 0))?;
+            check(sys::cuEventCreate(&raw mut self.copied, event))
+        }
+    }
+
+    /// Releases what was made. The context is current and nothing uses it any more.
+    fn release(&self) {
+        // Errors are nobody's business, as for memory.
+        // SAFETY: what `make` made, once, or null.
+        unsafe {
+            if !self.copied.is_null() {
+                let _ = sys::cuEventDestroy_v2(self.copied);
+            }
+            if !self.host.is_null() {
+                let _ = sys::cuMemFreeHost(self.host.cast());
+            }
+        }
+    }
+}
+
 impl Staging {
-    /// The piece whose turn it is, once its last copy is done.
-    fn take(&mut self, driver: &Driver, doing: &str) -> Result<usize> {
-        let at = self.next;
-        self.next = (at + 1) % self.pieces.len();
-        self.wait(driver, at, doing)?;
-        Ok(at)
+    /// Room for `bytes`, at most a piece: which piece, and where. The next piece is taken once its last copy is
+    /// done.
+    fn take(&mut self, driver: &Driver, bytes: usize, doing: &str) -> Result<(usize, *mut u8)> {
+        if self.taken + bytes > PIECE {
+            let next = (self.at + 1) % self.pieces.len();
+            self.wait(driver, next, doing)?;
+            (self.at, self.taken) = (next, 0);
+        }
+        // SAFETY: inside the piece.
+        let host = unsafe { self.pieces[self.at].host.add(self.taken) };
+        self.taken = (self.taken + bytes).next_multiple_of(256);
+        Ok((self.at, host))
     }
 
     fn wait(&self, driver: &Driver, at: usize, doing: &str) -> Result<()> {
@@ -469,9 +516,8 @@ impl End for Driver {
         let _turn = self.enter(WRITING)?;
         let mut staging = lock(&self.staging);
         for (to, from) in (address..).step_by(PIECE).zip(from.chunks(PIECE)) {
-            let at = staging.take(self, WRITING)?;
-            let host = staging.pieces[at].host;
-            // SAFETY: the piece is long enough and no copy uses it any more; the device's memory is this
+            let (at, host) = staging.take(self, from.len(), WRITING)?;
+            // SAFETY: there are as many bytes and no copy uses them any more; the device's memory is this
             // end's.
             let answer = unsafe {
                 ptr::copy_nonoverlapping(from.as_ptr(), host, from.len());
@@ -488,10 +534,11 @@ impl End for Driver {
         let mut staging = lock(&self.staging);
         let mut pending: Option<(usize, &mut [u8])> = None;
         for (from, to) in (address..).step_by(PIECE).zip(to.chunks_mut(PIECE)) {
-            let at = staging.take(self, READING)?;
-            let host = staging.pieces[at].host.cast();
+            // A whole piece, whose beginning `deliver` reads.
+            let (at, host) = staging.take(self, PIECE, READING)?;
             // SAFETY: as in `write`.
-            let answer = unsafe { sys::cuMemcpyDtoHAsync_v2(host, from, to.len(), self.stream) };
+            let answer =
+                unsafe { sys::cuMemcpyDtoHAsync_v2(host.cast(), from, to.len(), self.stream) };
             self.call(READING, answer)?;
             staging.record(self, at, READING)?;
             if let Some((at, to)) = pending.replace((at, to)) {
@@ -502,6 +549,51 @@ impl End for Driver {
             Some((at, to)) => staging.deliver(self, at, to),
             None => Ok(()),
         }
+    }
+
+    fn fetch(&self, address: u64, bytes: usize) -> Result<u64> {
+        assert!(bytes <= FETCH, "{bytes} bytes fetched");
+        let _turn = self.enter(READING)?;
+        let mut fetches = lock(&self.fetches);
+        let at = match fetches.free.pop() {
+            Some(at) => at,
+            None => {
+                let mut piece = Piece::none();
+                let made = piece.make(FETCH);
+                fetches.pieces.push(piece);
+                made.map_err(|refusal| self.error(READING, refusal))?;
+                fetches.pieces.len() - 1
+            }
+        };
+        let piece = &fetches.pieces[at];
+        // SAFETY: the piece is long enough and no copy uses it any more; the device's memory is this end's; an
+        // event and a stream of this context.
+        let answer = unsafe {
+            match sys::cuMemcpyDtoHAsync_v2(piece.host.cast(), address, bytes, self.stream) {
+                Answer::CUDA_SUCCESS => sys::cuEventRecord(piece.copied, self.stream),
+                refused => refused,
+            }
+        };
+        self.call(READING, answer)?;
+        Ok(at as u64)
+    }
+
+    fn fetched(&self, fetch: u64, to: &mut [u8]) -> Result<()> {
+        let _turn = self.enter(READING)?;
+        let (host, copied) = {
+            let piece = &lock(&self.fetches).pieces[fetch as usize];
+            (piece.host, piece.copied)
+        };
+        // SAFETY: an event of this context; the piece stays its fetch's until `free_fetch`.
+        self.call(READING, unsafe { sys::cuEventSynchronize(copied) })?;
+        // SAFETY: the copy is done, of as many bytes as were fetched.
+        unsafe { ptr::copy_nonoverlapping(host, to.as_mut_ptr(), to.len().min(FETCH)) };
+        Ok(())
+    }
+
+    fn free_fetch(&self, fetch: u64) {
+        // A copy that nobody waited for may be under way; the next into the same piece is queued behind it.
+        lock(&self.fetches).free.push(fetch as usize);
     }
 
     fn function(&self, name: &str) -> Result<Function> {
@@ -741,6 +833,10 @@ impl Drop for Driver {
             .staging
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
+        let fetches = self
+            .fetches
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         let kernels = self
             .kernels
             .get_mut()
@@ -754,14 +850,8 @@ impl Drop for Driver {
             if !self.stream.is_null() {
                 let _ = sys::cuStreamSynchronize(self.stream);
             }
-            for piece in &staging.pieces {
-                if !piece.copied.is_null() {
-                    let _ = sys::cuEventDestroy_v2(piece.copied);
-                }
-                if !piece.host.is_null() {
-                    let _ = sys::cuMemFreeHost(piece.host.cast());
-                }
-            }
+            let pieces = staging.pieces.iter().chain(&fetches.pieces);
+            pieces.for_each(Piece::release);
             for module in kernels.modules.values() {
                 let _ = sys::cuModuleUnload(*module);
             }

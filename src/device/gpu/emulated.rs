@@ -7,7 +7,7 @@ use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use super::launch::Grid;
-use super::{Description, End, Function};
+use super::{Description, End, FETCH, Function};
 use crate::device::cpu::check_memory;
 use crate::device::emulator::{self, Buffer};
 use crate::error::{Error, Result};
@@ -20,6 +20,7 @@ struct State {
     memory: BTreeMap<u64, Buffer>,
     events: HashMap<u64, Option<Instant>>,
     graphs: HashMap<u64, Vec<Queued>>,
+    fetches: HashMap<u64, Vec<u8>>,
     /// While a graph is captured: by whom, and where launches go.
     capturing: Option<(ThreadId, Vec<Queued>)>,
     /// Memory that was given back during a capture.
@@ -154,6 +155,25 @@ impl End for Emulator {
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
         to.copy_from_slice(self.enter("reading")?.bytes(address, to.len())?);
         Ok(())
+    }
+
+    fn fetch(&self, address: u64, bytes: usize) -> Result<u64> {
+        assert!(bytes <= FETCH, "{bytes} bytes fetched");
+        let mut state = self.enter("fetching")?;
+        let copy = state.bytes(address, bytes)?.to_vec();
+        let fetch = state.handle();
+        state.fetches.insert(fetch, copy);
+        Ok(fetch)
+    }
+
+    fn fetched(&self, fetch: u64, to: &mut [u8]) -> Result<()> {
+        let state = self.enter("waiting for a fetch")?;
+        to.copy_from_slice(&state.fetches[&fetch]);
+        Ok(())
+    }
+
+    fn free_fetch(&self, fetch: u64) {
+        self.state().fetches.remove(&fetch);
     }
 
     fn function(&self, name: &str) -> Result<Function> {

@@ -8,8 +8,8 @@
 //! - [`Session`]: memory and launches of one plan, and their replay;
 //! - [`Graph`]: a captured replay, one call to the driver for the whole step.
 //!
-//! Work is queued on one stream, in order. Nothing waits for it but [`Session::read`] and
-//! [`Gpu::synchronize`].
+//! Work is queued on one stream, in order. Nothing waits for it but [`Session::read`], [`Gpu::synchronize`]
+//! and, for what was queued before the fetch alone, [`crate::device::Session::fetched`].
 
 #[cfg(feature = "cuda")]
 pub(crate) mod driver;
@@ -38,6 +38,12 @@ pub(crate) trait End: Send + Sync {
     fn write(&self, address: u64, from: &[u8]) -> Result<()>;
     /// Copies to the host once the work queued so far is done.
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()>;
+    /// Queues a copy of at most [`FETCH`] bytes to the host's memory behind the work queued so far, and returns
+    /// the number by which [`End::fetched`] waits for it.
+    fn fetch(&self, address: u64, bytes: usize) -> Result<u64>;
+    /// The bytes of a fetch, once they are there: later work is not waited for.
+    fn fetched(&self, fetch: u64, to: &mut [u8]) -> Result<()>;
+    fn free_fetch(&self, fetch: u64);
     /// Finds (and, where need be, compiles) a kernel.
     fn function(&self, name: &str) -> Result<Function>;
     /// Queues a launch.
@@ -72,6 +78,9 @@ pub(crate) trait End: Send + Sync {
     /// Chooses the order in which threads run, where there is a choice.
     fn reorder(&self, _seed: u64) {}
 }
+
+/// Most bytes of an [`End::fetch`].
+const FETCH: usize = 4 << 10;
 
 /// What a GPU is, as far as times can be predicted from it.
 #[derive(Clone, PartialEq, Debug, Default, serde::Serialize)]

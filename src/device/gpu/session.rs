@@ -1,3 +1,5 @@
+use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -5,6 +7,7 @@ use half::bf16;
 
 use super::launch::{Launch, Launches};
 use super::{Event, Gpu, Memory};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::tape::{Kind, Plan, Slot, Target, Var};
 
@@ -12,8 +15,11 @@ use crate::tape::{Kind, Plan, Slot, Target, Var};
 pub struct Session {
     gpu: Gpu,
     plan: Plan,
-    launches: Arc<Vec<Launch>>,
+    launches: Vec<Launch>,
     memory: Arc<Buffers>,
+    /// One replay, once it was asked for.
+    graph: Option<Graph>,
+    fetches: VecDeque<Fetch>,
 }
 
 /// What launches point to: it must outlive every graph that was captured from them.
@@ -60,11 +66,13 @@ impl Session {
         Ok(Self {
             gpu: gpu.clone(),
             plan,
-            launches: Arc::new(launches),
+            launches,
             memory: Arc::new(Buffers {
                 arena,
                 _constants: constants,
             }),
+            graph: None,
+            fetches: VecDeque::new(),
         })
     }
 
@@ -113,9 +121,13 @@ impl Session {
     /// # Panics
     /// If the value is neither: its memory may hold something else by now.
     pub fn read(&self, var: Var) -> Result<Vec<f32>> {
+        self.elements(self.kept(var))
+    }
+
+    fn kept(&self, var: Var) -> Slot {
         let value = &self.plan.values()[var.index()];
         assert!(value.kept, "{} was not kept", value.name);
-        self.elements(self.plan.slot(var))
+        self.plan.slot(var)
     }
 
     fn elements(&self, slot: Slot) -> Result<Vec<f32>> {
@@ -210,6 +222,27 @@ impl Session {
         Ok(bytes.iter().all(|&byte| byte == POISON))
     }
 
+    /// Runs all steps once and returns the name of the first value with a NaN or infinity among its elements, in
+    /// the order of the tape; stops there.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if a kernel failed.
+    pub fn run_checked(&mut self) -> Result<Option<String>> {
+        let mut launches = &self.launches[..];
+        for (index, step) in self.plan.steps().iter().enumerate() {
+            let count = launches.iter().take_while(|l| l.step == index).count();
+            let (own, later) = launches.split_at(count);
+            queue(&self.gpu, own)?;
+            launches = later;
+            for (&output, &(slot, _)) in step.outputs.iter().zip(&step.write) {
+                if self.elements(slot)?.iter().any(|x| !x.is_finite()) {
+                    return Ok(Some(self.plan.values()[output.index()].name.clone()));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// Captures one replay.
     ///
     /// # Errors
@@ -221,6 +254,65 @@ impl Session {
             gpu: self.gpu.clone(),
             _memory: self.memory.clone(),
         })
+    }
+}
+
+impl device::Session<f32> for Session {
+    fn plan(&self) -> &Plan {
+        self.plan()
+    }
+    fn write(&mut self, var: Var, elements: &[f32]) -> Result<()> {
+        self.write(var, elements)
+    }
+    fn read(&self, var: Var) -> Result<Cow<'_, [f32]>> {
+        self.read(var).map(Cow::Owned)
+    }
+    fn replay(&mut self) -> Result<()> {
+        if let Some(graph) = &self.graph {
+            return graph.replay();
+        }
+        self.graph.insert(self.capture()?).replay()
+    }
+    fn replay_checked(&mut self) -> Result<Option<String>> {
+        self.run_checked()
+    }
+    fn fetch(&mut self, var: Var) -> Result<()> {
+        let slot = self.kept(var);
+        assert!(!slot.narrow, "fetched values are f32");
+        let (arena, bytes) = (&self.memory.arena, slot.len * WORD);
+        let address = arena.address + (slot.offset * WORD) as u64;
+        let handle = self.gpu.0.fetch(address, bytes)?;
+        self.fetches.push_back(Fetch {
+            gpu: self.gpu.clone(),
+            handle,
+            len: slot.len,
+        });
+        Ok(())
+    }
+    fn fetched(&mut self) -> Result<Option<Vec<f32>>> {
+        self.fetches.pop_front().map(|f| f.wait()).transpose()
+    }
+}
+
+/// A copy on its way to the host.
+struct Fetch {
+    gpu: Gpu,
+    handle: u64,
+    len: usize,
+}
+
+impl Fetch {
+    fn wait(&self) -> Result<Vec<f32>> {
+        let mut elements = vec![0.0; self.len];
+        let bytes = bytemuck::cast_slice_mut(&mut elements);
+        self.gpu.0.fetched(self.handle, bytes)?;
+        Ok(elements)
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.gpu.0.free_fetch(self.handle);
     }
 }
 
