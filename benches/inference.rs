@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use criterion::Criterion;
 use echograd::device::cpu::Session;
 use echograd::nn;
-use echograd::tape::Kind;
+use echograd::tape::{Kind, Options, Plan};
 use echograd::train::config::Config;
 use echograd::train::step::Evaluation;
 
@@ -21,8 +21,9 @@ fn network(preset: &str, size: &str, batch: &str) -> Session<f32> {
     let settings = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
     let config = Config::load(None, &settings).expect("a valid configuration");
     let evaluation = Evaluation::folded(&config).expect("a valid network");
-    let mut session = evaluation.session().expect("enough memory");
-    nn::initialise(&mut session, &evaluation.starts, 0);
+    let plan = Plan::new(&evaluation.tape, Options::default()).expect("addressable memory");
+    let mut session = Session::new(plan).expect("enough memory");
+    nn::initialise(&mut session, &evaluation.starts, 0).expect("the processor");
     assert_eq!(evaluation.tape.of_kind(Kind::State).count(), 0);
     let noise = |i: usize| (i.wrapping_mul(2_654_435_761) % 1009) as f32 / 1009.0;
     let images = session.values_mut(evaluation.images).iter_mut().enumerate();

@@ -1,8 +1,10 @@
 //! Networks: EfficientNet against torchvision (from `goldens/make_network.py`), and the whole model of the
 //! preset `efficientnet-b1`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use echograd::device::Backend;
 use echograd::device::cpu::Session;
 use echograd::nn::{AttentionUNet, EfficientNet, Heads, Mode, Network, Start};
 use echograd::ops::control;
@@ -213,19 +215,19 @@ fn weights(tape: &Tape) -> BTreeMap<String, Vec<f32>> {
 
 /// Logits of the network on two images.
 fn logits(evaluation: &Evaluation, weights: &BTreeMap<String, Vec<f32>>) -> [Vec<f32>; 2] {
-    let mut session = evaluation.session().unwrap();
-    let source = |name: &str, shape: Shape| -> echograd::Result<&[f32]> {
+    let mut session = evaluation.session(&Backend::Cpu).unwrap();
+    let source = |name: &str, shape: Shape| {
         let values = &weights[name];
         assert_eq!(values.len(), shape.len(), "{name}");
-        Ok(values)
+        Ok(Cow::Borrowed(&values[..]))
     };
-    evaluation.load(&mut session, source).unwrap();
+    evaluation.load(&mut *session, source).unwrap();
     let images = evaluation.images;
     let values = named("images", evaluation.tape.shape(images).len(), 0.0, 1.0);
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
-    session.write(images, &values);
-    session.run();
-    let of = |var: Option<Var>| session.read(var.unwrap()).to_vec();
+    session.write(images, &values).unwrap();
+    session.replay().unwrap();
+    let of = |var: Option<Var>| session.read(var.unwrap()).unwrap().into_owned();
     [of(evaluation.logits.mask), of(evaluation.logits.malignancy)]
 }
 

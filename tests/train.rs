@@ -17,7 +17,7 @@ use echograd::optim::{AdamW, Rule};
 use echograd::tape::{Kind, Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use echograd::train::checkpoint::{self, Checkpoint, Position};
-use echograd::train::config::{Arm, Config, Preset};
+use echograd::train::config::{Arm, Config, Device, Preset};
 use echograd::train::evaluate::{EvaluateArgs, evaluate};
 use echograd::train::predict::{PredictArgs, predict};
 use echograd::train::run::{TrainArgs, Trained, train};
@@ -879,6 +879,7 @@ fn every_arm_trains_evaluates_and_predicts() {
             out: &results,
             drop_duplicates: false,
             include_training: false,
+            device: Device::Cpu,
         };
         let no = AtomicBool::new(false);
         let evaluated = evaluate(&args, &(), &no).unwrap();
@@ -909,6 +910,7 @@ fn every_arm_trains_evaluates_and_predicts() {
             run: &folder.path().join(arm),
             files: &files,
             out: &out,
+            device: Device::Cpu,
         };
         let predictions = predict(&args, &(), &no).unwrap();
         assert_eq!(predictions[0].p.is_some(), classifies);
@@ -1041,7 +1043,7 @@ fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
         (&[7; 64][..], "bytes announced in a file of 64"),
     ] {
         fs::write(&path, bytes).unwrap();
-        let text = message(Model::open(&out).map(drop));
+        let text = message(Model::open(&out, Device::Cpu).map(drop));
         assert!(
             text.contains("best.safetensors") && text.contains(expected),
             "{text}"
@@ -1058,7 +1060,10 @@ fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
         None,
     );
     fs::write(&path, other.unwrap()).unwrap();
-    assert!(message(Model::open(&out).map(drop)).contains("expected a checkpoint of echograd"));
+    assert!(
+        message(Model::open(&out, Device::Cpu).map(drop))
+            .contains("expected a checkpoint of echograd")
+    );
 
     // Another network's.
     let wide = folder.path().join("wide");
@@ -1066,7 +1071,7 @@ fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
     run(&wide, &settings(&data, &more), false).unwrap();
     fs::copy(wide.join("best.safetensors"), &path).unwrap();
     assert_eq!(
-        message(Model::open(&out).map(drop))
+        message(Model::open(&out, Device::Cpu).map(drop))
             .split_once("safetensors: ")
             .unwrap()
             .1,

@@ -13,7 +13,7 @@ use crate::data::{self, Label, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage};
 use crate::report::{PREDICTION, Page, Series, TRUTH, curves, overlay};
-use crate::train::config::Arm;
+use crate::train::config::{Arm, Device};
 use crate::train::evaluate::{EvaluateArgs, evaluate};
 use crate::train::predict::{PredictArgs, predict};
 use crate::train::run::{METRICS, TrainArgs, train};
@@ -288,6 +288,7 @@ impl Demo<'_> {
                 out: &out,
                 drop_duplicates: false,
                 include_training: false,
+                device: Device::Cpu,
             };
             let evaluated = evaluate(&args, self.console, self.interrupt)?;
             cells.push(Cell::new(site.to_string(), &evaluated.metrics));
@@ -318,6 +319,7 @@ impl Demo<'_> {
                 run: &run,
                 files: &files,
                 out: &out,
+                device: Device::Cpu,
             };
             let predictions = predict(&args, self.console, self.interrupt)?;
             for (&i, prediction) in shown.iter().zip(predictions) {

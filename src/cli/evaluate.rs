@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use super::metrics_table;
 use super::progress::Console;
+use crate::train::config::Device;
 use crate::train::evaluate::{self, EvaluateArgs};
 
 /// Test a trained network on a data set, without fine-tuning
@@ -26,6 +27,9 @@ pub struct Args {
     /// Leave out all but one of images that are the same bytes
     #[arg(long)]
     drop_duplicates: bool,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Count images that the run was trained on too
     #[arg(long)]
     include_training: bool,
@@ -46,6 +50,7 @@ impl Args {
             out: &self.out,
             drop_duplicates: self.drop_duplicates,
             include_training: self.include_training,
+            device: self.device,
         };
         let evaluated = evaluate::evaluate(&args, &Console::default(), super::interrupt()?)?;
         let name = &evaluated.rows[0].dataset;

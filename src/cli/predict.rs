@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::progress::Console;
+use crate::train::config::Device;
 use crate::train::predict::{self, PredictArgs};
 
 /// Outline and classify the lesion in images of your own
@@ -21,6 +22,9 @@ pub struct Args {
     /// Folder for the results
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Print predictions.json
     #[arg(long)]
     json: bool,
@@ -36,6 +40,7 @@ impl Args {
             run: &self.run,
             files: &self.files,
             out: &self.out,
+            device: self.device,
         };
         let predictions = predict::predict(&args, &Console::default(), super::interrupt()?)?;
         if self.json {

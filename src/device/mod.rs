@@ -88,6 +88,14 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// What computes: `cpu`, or the GPU's name.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Cpu => "cpu".into(),
+            Self::Gpu { gpu, .. } => gpu.description().name,
+        }
+    }
+
     /// Lays out the memory of `tape` and allocates it; all values start as zeros.
     ///
     /// # Errors

@@ -31,7 +31,9 @@ pub use attention_unet::AttentionUNet;
 pub use efficientnet::{EfficientNet, Stage};
 pub use unet::UNet;
 
-use crate::device::cpu::{Element, Session};
+use std::borrow::Cow;
+
+use crate::device::Session;
 use crate::device::philox::Philox;
 use crate::error::Result;
 use crate::ops::Op;
@@ -43,7 +45,7 @@ use crate::ops::dropout::Dropout;
 use crate::ops::pointwise::{Add, BiasAdd, Relu, Silu};
 use crate::ops::stochastic_depth::StochasticDepth;
 use crate::tape::{Kind, Tape, Var};
-use crate::tensor::Shape;
+use crate::tensor::{Real, Shape};
 
 /// Added to the variance by batch normalisation.
 pub const BATCH_NORM_EPS: f64 = 1e-5;
@@ -373,12 +375,19 @@ impl<'a> Network<'a> {
 }
 
 /// Writes the starting values that `seed` gives.
-pub fn initialise<T: Element>(session: &mut Session<T>, starts: &[(Var, Start)], seed: u64) {
+///
+/// # Errors
+/// As [`Session::write`].
+pub fn initialise<T: Real>(
+    session: &mut dyn Session<T>,
+    starts: &[(Var, Start)],
+    seed: u64,
+) -> Result<()> {
     for &(var, start) in starts {
         let value = &session.plan().values()[var.index()];
         let (shape, noise) = (value.shape, Philox::new(seed, hash(&value.name)));
         let fan_in = shape.pixels() * shape.c;
-        let values = session.values_mut(var);
+        let mut values = vec![T::zero(); shape.len()];
         match start {
             Start::Constant(constant) => values.fill(T::of(constant)),
             Start::HeNormal => {
@@ -398,7 +407,9 @@ pub fn initialise<T: Element>(session: &mut Session<T>, starts: &[(Var, Start)],
                 }
             }
         }
+        session.write(var, &values)?;
     }
+    Ok(())
 }
 
 /// Writes the parameters and states of `session`, which replays `tape`, from those of the same network in
@@ -406,12 +417,12 @@ pub fn initialise<T: Element>(session: &mut Session<T>, starts: &[(Var, Start)],
 /// in [`Mode::Infer`].
 ///
 /// # Errors
-/// The first of `source`.
-pub fn load<'a, T: Element>(
+/// The first of `source`; else as [`Session::write`].
+pub fn load<'a, T: Real>(
     tape: &Tape,
     folds: &[Fold],
-    session: &mut Session<T>,
-    mut source: impl FnMut(&str, Shape) -> Result<&'a [T]>,
+    session: &mut dyn Session<T>,
+    mut source: impl FnMut(&str, Shape) -> Result<Cow<'a, [T]>>,
 ) -> Result<()> {
     for kind in [Kind::Parameter, Kind::State] {
         for var in tape.of_kind(kind) {
@@ -419,28 +430,25 @@ pub fn load<'a, T: Element>(
                 continue;
             }
             let (name, shape) = (tape.name(var), tape.shape(var));
-            let values = source(name, shape)?;
+            let mut weights = source(name, shape)?;
             let Some(fold) = folds.iter().find(|fold| fold.weight == var) else {
-                session.write(var, values);
+                session.write(var, &weights)?;
                 continue;
             };
-            let mut of_norm = |name: &str| {
-                source(
-                    &format!("{}.{name}", fold.norm),
-                    Shape::per_channel(shape.n),
-                )
-            };
+            let channels = Shape::per_channel(shape.n);
+            let mut of_norm = |name: &str| source(&format!("{}.{name}", fold.norm), channels);
             let (gamma, beta) = (of_norm("weight")?, of_norm("bias")?);
             let (mean, variance) = (of_norm("running_mean")?, of_norm("running_var")?);
-            let filter = shape.pixels() * shape.c;
-            for o in 0..shape.n {
-                let factor = gamma[o].wide() / (variance[o].wide() + BATCH_NORM_EPS).sqrt();
-                let weights = session.values_mut(var)[o * filter..].iter_mut();
-                for (to, &w) in weights.zip(&values[o * filter..][..filter]) {
-                    *to = T::of(factor * w.wide());
-                }
-                session.values_mut(fold.bias)[o] = T::of(beta[o].wide() - factor * mean[o].wide());
+            let factor = |o: usize| gamma[o].wide() / (variance[o].wide() + BATCH_NORM_EPS).sqrt();
+            let filters = weights.to_mut().chunks_mut(shape.pixels() * shape.c);
+            for (o, filter) in filters.enumerate() {
+                filter
+                    .iter_mut()
+                    .for_each(|w| *w = T::of(factor(o) * w.wide()));
             }
+            let bias = |o: usize| T::of(beta[o].wide() - factor(o) * mean[o].wide());
+            session.write(var, &weights)?;
+            session.write(fold.bias, &(0..shape.n).map(bias).collect::<Vec<_>>())?;
         }
     }
     Ok(())

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Config;
 use crate::data::image::write_atomically;
-use crate::device::cpu::Session;
+use crate::device::Session;
 use crate::error::{Error, Result};
 use crate::tape::{Kind, Tape, Var};
 use crate::tensor::{Shape, Tensor};
@@ -76,11 +76,11 @@ fn persistent(tape: &Tape) -> impl Iterator<Item = (Var, &str, Shape)> {
 /// complete or not at all.
 ///
 /// # Errors
-/// [`Error::File`] if it cannot be written.
+/// [`Error::File`] if it cannot be written; as [`Session::read`].
 pub fn write(
     path: &Path,
     tape: &Tape,
-    session: &Session<f32>,
+    session: &dyn Session<f32>,
     config: &Config,
     position: &Position,
 ) -> Result<()> {
@@ -89,9 +89,11 @@ pub fn write(
         config: config.clone(),
     };
     let metadata = toml::to_string(&metadata).expect("metadata are a TOML table");
-    let views = persistent(tape).map(|(var, name, shape)| {
-        let bytes: &[u8] = bytemuck::cast_slice(session.read(var));
-        let view = TensorView::new(Dtype::F32, extents(shape).to_vec(), bytes);
+    let read = |(var, name, shape)| Ok((name, shape, session.read(var)?));
+    let values: Vec<_> = persistent(tape).map(read).collect::<Result<_>>()?;
+    let views = values.iter().map(|(name, shape, elements)| {
+        let bytes: &[u8] = bytemuck::cast_slice(elements);
+        let view = TensorView::new(Dtype::F32, extents(*shape).to_vec(), bytes);
         (name, view.expect("as many bytes as elements"))
     });
     let bytes = safetensors::serialize(views, Some(HashMap::from([(KEY.to_owned(), metadata)])));
@@ -152,8 +154,9 @@ impl Checkpoint {
     /// `path` is for the message.
     ///
     /// # Errors
-    /// [`Error::File`] naming the first tensor that is missing, of another shape, or not known.
-    pub fn restore(&self, path: &Path, tape: &Tape, session: &mut Session<f32>) -> Result<()> {
+    /// [`Error::File`] naming the first tensor that is missing, of another shape, or not known; as
+    /// [`Session::write`].
+    pub fn restore(&self, path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> Result<()> {
         let wanted: Vec<_> = persistent(tape).collect();
         let mut unknown: Vec<&String> = self
             .tensors
@@ -167,7 +170,7 @@ impl Checkpoint {
         }
         for (var, name, shape) in wanted {
             let tensor = self.expect(path, name, name, shape)?;
-            session.write(var, tensor.data());
+            session.write(var, tensor.data())?;
         }
         Ok(())
     }
@@ -191,7 +194,7 @@ impl Checkpoint {
         &self,
         path: &Path,
         tape: &Tape,
-        session: &mut Session<f32>,
+        session: &mut dyn Session<f32>,
     ) -> Result<Vec<String>> {
         let prefix = weights_prefix(&self.config);
         let own = |name: &str| {
@@ -206,7 +209,7 @@ impl Checkpoint {
             let stored = format!("{prefix}{name}");
             if self.tensors.contains_key(&stored) {
                 let tensor = self.expect(path, &stored, name, *shape)?;
-                session.write(*var, tensor.data());
+                session.write(*var, tensor.data())?;
             } else {
                 missing.push((*name).to_owned());
             }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::data::augment::AugmentConfig;
+use crate::device::Backend;
 use crate::device::gpu::Gpu;
 use crate::error::{Error, Result};
 
@@ -89,6 +90,18 @@ impl Device {
     }
 }
 
+/// How activations are stored on GPUs. Parameters, their moments and averages, statistics and sums are f32 always,
+/// and so is everything on the processor.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// As bf16, where the GPU has it: from compute capability 8.0 on.
+    #[default]
+    Bf16,
+    /// As f32.
+    F32,
+}
+
 /// How the learning rate changes over the steps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -135,6 +148,9 @@ pub struct Config {
     pub preset: Preset,
     /// Where to compute.
     pub device: Device,
+    /// How activations are stored on GPUs; the default where a file of an earlier version says nothing.
+    #[serde(default)]
+    pub precision: Precision,
     /// Seed of the weights, the order, the augmentation and dropout.
     pub seed: u64,
     /// Seed of the folds: apart from `seed`, so that runs of several seeds share their folds.
@@ -259,6 +275,7 @@ impl Config {
             arm: Arm::Consistency,
             preset,
             device: Device::Cpu,
+            precision: Precision::default(),
             seed: 0,
             fold_seed: 0,
             folds: 5,
@@ -378,13 +395,26 @@ impl Config {
         Table::try_from(self).expect("a configuration is a TOML table")
     }
 
+    /// Opens `device`, with activations stored as this configuration has them, or as f32 where the GPU has no bf16.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if it is not there, or its kernels cannot be had.
+    pub fn backend(&self, device: Device) -> Result<Backend> {
+        let Some(gpu) = device.open()? else {
+            return Ok(Backend::Cpu);
+        };
+        gpu.ready()?;
+        let narrow = self.precision == Precision::Bf16 && gpu.has_bf16();
+        Ok(Backend::Gpu { gpu, narrow })
+    }
+
     /// The text of `config.toml`.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("a configuration is a TOML table")
     }
 
-    /// The first key in which `self` and `other` differ, with both values; `workers` aside, which
-    /// changes no result.
+    /// The first key in which `self` and `other` differ, with both values; `workers` aside, which changes no
+    /// result, and `device`, on which a run may go on elsewhere.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         flatten("", self.table(), &mut ours);
@@ -392,7 +422,9 @@ impl Config {
         ours.into_iter()
             .zip(theirs)
             .find_map(|((key, a), (_, b))| match (a, b) {
-                (Setting::Value(a), Setting::Value(b)) if a != b && key != "workers" => {
+                (Setting::Value(a), Setting::Value(b))
+                    if a != b && !["workers", "device"].contains(&&*key) =>
+                {
                     Some((key, a.to_string(), b.to_string()))
                 }
                 _ => None,

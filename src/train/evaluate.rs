@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use super::config::Device;
 use super::run::{MANIFEST, Manifest};
 use super::{Model, Report, select, stop};
 use crate::data::{self, Source};
@@ -23,6 +24,8 @@ pub struct EvaluateArgs<'a> {
     pub drop_duplicates: bool,
     /// Count images that the run was trained on as well.
     pub include_training: bool,
+    /// Where to compute.
+    pub device: Device,
 }
 
 /// What came out.
@@ -40,13 +43,13 @@ pub struct Evaluated {
 ///
 /// # Errors
 /// [`Error::File`] if the run, the data or the results cannot be read or written;
-/// [`Error::Argument`] if no image is left; [`Error::Interrupted`].
+/// [`Error::Argument`] if no image is left; [`Error::Device`] as [`Model::open`]; [`Error::Interrupted`].
 pub fn evaluate(
     args: &EvaluateArgs<'_>,
     report: &dyn Report,
     interrupt: &AtomicBool,
 ) -> Result<Evaluated> {
-    let mut model = Model::open(args.run)?;
+    let mut model = Model::open(args.run, args.device)?;
     let manifest = Manifest::read(&args.run.join(MANIFEST))?;
     let source = data::open(args.data)?;
     let (mut subset, _) = select(&*source, args.drop_duplicates, report);

@@ -1,19 +1,20 @@
 //! A trained network, ready to look at images.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use rayon::prelude::*;
 
 use super::checkpoint::{Checkpoint, weights_prefix};
-use super::config::Config;
+use super::config::{Config, Device};
 use super::step::{Evaluation, TrainingStep};
 use crate::data::letterbox::Letterbox;
-use crate::device::cpu::Session;
+use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
 use crate::features::{MaskSums, Prior, ShapeFeatures};
 use crate::metrics::Mask;
 use crate::metrics::classification::THRESHOLD;
-use crate::tape::Kind;
+use crate::tape::{Kind, Var};
 use crate::tensor::Shape;
 
 /// Name of the configuration in a run's folder.
@@ -49,7 +50,9 @@ pub struct Finding {
 pub struct Model {
     config: Config,
     evaluation: Evaluation,
-    session: Session<f32>,
+    session: Box<dyn Session<f32>>,
+    /// What the network is shown.
+    shown: Vec<f32>,
     prior: Option<Prior>,
 }
 
@@ -58,10 +61,11 @@ impl Model {
     ///
     /// # Errors
     /// As [`Evaluation::record`] and [`Evaluation::session`].
-    pub fn new(config: Config) -> Result<Self> {
+    pub fn new(config: Config, backend: &Backend) -> Result<Self> {
         let evaluation = Evaluation::folded(&config)?;
-        let session = evaluation.session()?;
+        let session = evaluation.session(backend)?;
         Ok(Self {
+            shown: vec![0.0; config.batch * config.size * config.size],
             config,
             evaluation,
             session,
@@ -69,21 +73,24 @@ impl Model {
         })
     }
 
-    /// The best network of the run in folder `run`.
+    /// The best network of the run in folder `run`, wherever that was trained.
     ///
     /// # Errors
-    /// [`Error::File`] if the folder does not hold a run with a checkpoint, or they do not fit.
-    pub fn open(run: &Path) -> Result<Self> {
+    /// [`Error::File`] if the folder does not hold a run with a checkpoint, or they do not fit; as
+    /// [`Config::backend`].
+    pub fn open(run: &Path, device: Device) -> Result<Self> {
         let path = run.join(CONFIG);
         if !path.is_file() {
             let problem = "expected the folder of a run, found no config.toml in it";
             return Err(Error::file(run, problem));
         }
-        let mut model = Self::new(Config::load(Some(&path), &[])?)?;
+        let config = Config::load(Some(&path), &[])?;
+        let backend = config.backend(device)?;
+        let mut model = Self::new(config, &backend)?;
         let path = run.join(BEST);
         let checkpoint = Checkpoint::read(&path)?;
-        let weight = |name: &str, shape| checkpoint.weight(&path, name, shape);
-        model.evaluation.load(&mut model.session, weight)?;
+        let weight = |name: &str, shape| checkpoint.weight(&path, name, shape).map(Cow::Borrowed);
+        model.evaluation.load(&mut *model.session, weight)?;
         model.prior = prior(|name| {
             let averaged = format!("{}{name}", weights_prefix(&checkpoint.config));
             let tensor = checkpoint.tensor(&averaged);
@@ -101,47 +108,50 @@ impl Model {
     /// Takes the weights as they stand in training: moving averages if there are any.
     ///
     /// # Errors
-    /// [`Error::Shape`] naming the first weight that `step` lacks: it trains another network.
-    pub fn copy_weights(&mut self, step: &TrainingStep, training: &Session<f32>) -> Result<()> {
+    /// [`Error::Shape`] naming the first weight that `step` lacks: it trains another network; else as
+    /// [`Session::read`] and [`Session::write`].
+    pub fn copy_weights(&mut self, step: &TrainingStep, training: &dyn Session<f32>) -> Result<()> {
         let prefix = weights_prefix(&self.config);
-        let weight = |name: &str, shape: Shape| -> Result<&[f32]> {
+        let weight = |name: &str, shape: Shape| -> Result<Cow<'_, [f32]>> {
             let averaged = format!("{prefix}{name}");
             let mut kinds = [Kind::Parameter, Kind::State].into_iter();
             let var = kinds.find_map(|kind| step.tape.find(kind, &averaged));
             match var.filter(|&var| step.tape.shape(var) == shape) {
-                Some(var) => Ok(training.read(var)),
+                Some(var) => training.read(var),
                 None => Err(Error::shape(
                     "weights",
                     format!("expected {name}, {shape}, found none"),
                 )),
             }
         };
-        self.evaluation.load(&mut self.session, weight)
+        self.evaluation.load(&mut *self.session, weight)
     }
 
     /// Shows up to a batch of letterboxed 8-bit images to the network.
     ///
+    /// # Errors
+    /// As [`Session::read`].
+    ///
     /// # Panics
     /// If there are more images than the configuration's batch, or one is not S×S.
-    pub fn infer(&mut self, images: &[&[u8]]) -> Vec<Inference> {
+    pub fn infer(&mut self, images: &[&[u8]]) -> Result<Vec<Inference>> {
         let pixels = self.config.size * self.config.size;
-        let input = self.session.values_mut(self.evaluation.images);
-        for (row, image) in input.chunks_exact_mut(pixels).zip(images) {
+        assert!(images.len() <= self.config.batch, "too many images");
+        for (row, image) in self.shown.chunks_exact_mut(pixels).zip(images) {
             crate::data::augment::unit(image, row);
         }
-        assert!(images.len() <= self.config.batch, "too many images");
-        self.session.run();
+        self.session.write(self.evaluation.images, &self.shown)?;
+        self.session.replay()?;
         let logits = self.evaluation.logits;
-        (0..images.len())
-            .map(|i| Inference {
-                logits: logits
-                    .mask
-                    .map(|v| self.session.read(v)[i * pixels..][..pixels].to_vec()),
-                p: logits
-                    .malignancy
-                    .map(|v| sigmoid(f64::from(self.session.read(v)[i]))),
-            })
-            .collect()
+        let read = |v: Option<Var>| v.map(|v| self.session.read(v)).transpose();
+        let (masks, malignancies) = (read(logits.mask)?, read(logits.malignancy)?);
+        let one = |i: usize| Inference {
+            logits: masks
+                .as_ref()
+                .map(|masks| masks[i * pixels..][..pixels].to_vec()),
+            p: malignancies.as_ref().map(|l| sigmoid(f64::from(l[i]))),
+        };
+        Ok((0..images.len()).map(one).collect())
     }
 
     /// The lesion, its features and its prior, for an image that lies in the network's square as
@@ -179,7 +189,7 @@ impl Model {
     /// after each batch; the results of `each`, run in parallel, in the order of the images.
     ///
     /// # Errors
-    /// The first of `load` and `each`, in the order of the images.
+    /// The first of `load` and `each`, in the order of the images; as [`Model::infer`].
     pub fn map<R: Send>(
         &mut self,
         images: usize,
@@ -193,7 +203,7 @@ impl Model {
             let loaded: Vec<_> = (start..end).into_par_iter().map(&load).collect();
             let loaded = loaded.into_iter().collect::<Result<Vec<_>>>()?;
             let views: Vec<&[u8]> = loaded.iter().map(Vec::as_slice).collect();
-            let inferences = self.infer(&views);
+            let inferences = self.infer(&views)?;
             let this = &*self;
             let found: Vec<_> = inferences
                 .into_par_iter()

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::config::Device;
 use super::evaluate::make_folder;
 use super::{Model, Report, stop};
 use crate::data::image::{self, Gray};
@@ -23,6 +24,8 @@ pub struct PredictArgs<'a> {
     pub files: &'a [PathBuf],
     /// Folder for the results.
     pub out: &'a Path,
+    /// Where to compute.
+    pub device: Device,
 }
 
 /// One entry of `predictions.json`. What is absent is `null`.
@@ -56,7 +59,7 @@ pub struct Prediction {
 /// [`Error::Argument`] if there are no files, two of one stem, whose results would overwrite each other,
 /// or `out` is a folder that holds one of them, where data sets keep true masks under the names that
 /// the results would have; [`Error::File`] if the run, an image or the results cannot be read or written;
-/// [`Error::Interrupted`].
+/// [`Error::Device`] as [`Model::open`]; [`Error::Interrupted`].
 pub fn predict(
     args: &PredictArgs<'_>,
     report: &dyn Report,
@@ -64,7 +67,7 @@ pub fn predict(
 ) -> Result<Vec<Prediction>> {
     let stems = stems(args.files)?;
     apart(args.files, args.out)?;
-    let mut model = Model::open(args.run)?;
+    let mut model = Model::open(args.run, args.device)?;
     let size = model.config().size;
     // An image that cannot be read should stop the work before results of others are replaced.
     let readable: Vec<Result<()>> = args

@@ -12,7 +12,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use super::checkpoint;
-use crate::device::cpu::Session;
+use crate::device::Session;
 use crate::error::{Error, Result};
 use crate::tape::{Kind, Tape};
 use crate::tensor::Shape;
@@ -39,7 +39,7 @@ struct Stored {
 /// # Errors
 /// [`Error::File`] if the file cannot be read, or naming the first tensor that is missing, unknown, of another
 /// shape or of another type than F32.
-pub fn initialise(path: &Path, tape: &Tape, session: &mut Session<f32>) -> Result<()> {
+pub fn initialise(path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> Result<()> {
     let mut stored = read(path)?;
     let wanted: Vec<_> = [Kind::Parameter, Kind::State]
         .into_iter()
@@ -70,12 +70,13 @@ pub fn initialise(path: &Path, tape: &Tape, session: &mut Session<f32>) -> Resul
                 return Err(Error::file(path, problem));
             }
         };
-        let values = session.values_mut(var);
-        for (i, value) in values.iter_mut().enumerate() {
+        let element = |i: usize| {
             let (c, pixel) = (i % shape.c, i / shape.c);
             let (tap, n) = (pixel % shape.pixels(), pixel / shape.pixels());
-            *value = stored.elements[(n * shape.c + c) * shape.pixels() + tap];
-        }
+            stored.elements[(n * shape.c + c) * shape.pixels() + tap]
+        };
+        let values: Vec<f32> = (0..shape.len()).map(element).collect();
+        session.write(var, &values)?;
     }
     Ok(())
 }
@@ -192,6 +193,7 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     use super::*;
+    use crate::device::cpu::Session;
     use crate::gradcheck::Sampler;
     use crate::nn::{EfficientNet, Mode, Network};
     use crate::tape::{Options, Plan, Var};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, Checkpoint, Position};
-use super::config::{Arm, Config, ModelKind, PriorStart};
+use super::config::{Arm, Config, ModelKind, Precision, PriorStart};
 use super::evaluate::{examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
@@ -18,15 +18,13 @@ use crate::data::image::write_atomically;
 use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
 use crate::data::split::{self, Fold};
 use crate::data::{self, Case, Example, Label, Source};
-use crate::device::cpu::Session;
-use crate::device::gpu;
 use crate::device::simd::Level;
+use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
 use crate::features::{FitOptions, MaskSums, Prior, Start};
 use crate::metrics::classification::Auc;
 use crate::metrics::{DatasetMetrics, write_csv};
 use crate::ops::control;
-use crate::tape::{Options, Plan};
 
 /// Name of the file that says what a run was made from.
 pub const MANIFEST: &str = "manifest.json";
@@ -69,7 +67,7 @@ pub struct Trained {
 pub struct Manifest {
     /// Program and version.
     pub program: String,
-    /// Where it computes.
+    /// Where it computes: `cpu`, or the GPU's name.
     pub device: String,
     /// Instruction set of the kernels: results have the same bits where this is equal.
     pub instruction_set: String,
@@ -134,14 +132,14 @@ struct Row {
 ///
 /// # Errors
 /// [`Error::Argument`] for a configuration or data that cannot be trained on, or an `out` that already
-/// holds something; [`Error::File`] for files that cannot be read or written; [`Error::NonFinite`] if
+/// holds something; [`Error::Device`] for a device that is not there, too small, or fails; [`Error::File`] for files that cannot be read or written; [`Error::NonFinite`] if
 /// the loss or the gradient stops being finite, the last good checkpoint staying; and
 /// [`Error::Interrupted`], after saving the state in the middle of the epoch.
 pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
     let config = configuration(args)?;
-    device(&config)?;
+    let backend = config.backend(config.device)?;
     let data = Data::open(&config, report, interrupt)?;
-    let mut run = Run::new(args.out, config, data, report)?;
+    let mut run = Run::new(args.out, config, data, &backend, report)?;
     if args.resume {
         run.resume()?;
     } else {
@@ -149,19 +147,6 @@ pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) 
     }
     run.epochs(interrupt)?;
     run.finish(interrupt)
-}
-
-/// Opens the device that the run is to use, with all that a training step needs of it.
-fn device(config: &Config) -> Result<()> {
-    let Some(gpu) = config.device.open()? else {
-        return Ok(());
-    };
-    let step = TrainingStep::record(config, config.arm.segments())?;
-    let plan = Plan::new(&step.tape, Options::gpu(false))?;
-    gpu::Session::new(&gpu, plan)?;
-    let found = format!("{:?}", config.device).to_lowercase();
-    let problem = format!("expected cpu, on which training runs so far, found {found}");
-    Err(Error::argument("device", problem))
 }
 
 fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
@@ -177,9 +162,10 @@ fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
             None => own.clone().with(args.settings)?,
         };
         return match own.difference(&asked) {
-            // Who prepares the batches does not show in them.
+            // Who prepares the batches does not show in them; another device is told of.
             None => Ok(Config {
                 workers: asked.workers,
+                device: asked.device,
                 ..own
             }),
             Some((key, ours, theirs)) => {
@@ -284,7 +270,7 @@ impl Data {
         })
     }
 
-    fn manifest(&self, config: &Config) -> Manifest {
+    fn manifest(&self, config: &Config, device: &str) -> Manifest {
         let cases = self.source.cases();
         let mut hash = Sha256::new();
         cases.iter().for_each(|case| hash.update(&case.sha256));
@@ -299,7 +285,7 @@ impl Data {
         };
         Manifest {
             program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
-            device: "cpu".into(),
+            device: device.to_owned(),
             instruction_set: Level::current().name().into(),
             seed: config.seed,
             dataset: self.source.name().to_owned(),
@@ -360,50 +346,83 @@ fn requests(seed: u64, epoch: u64, images: usize, batch: usize) -> Vec<Request> 
     requests
 }
 
+/// A training step that was queued.
+struct Queued {
+    /// Counted from 1.
+    number: u64,
+    /// Images that count; the others fill the batch up.
+    present: usize,
+    batch: Batch,
+}
+
 struct Run<'a> {
     out: &'a Path,
     report: &'a dyn Report,
     config: Config,
     data: Data,
     pool: Arc<Pool>,
+    device: String,
     step: TrainingStep,
-    session: Session<f32>,
+    session: Box<dyn Session<f32>>,
+    /// The latest step, whose results are not read yet.
+    queued: Option<Queued>,
     model: Model,
     position: Position,
     rows: Vec<Row>,
 }
 
 impl<'a> Run<'a> {
-    fn new(out: &'a Path, config: Config, data: Data, report: &'a dyn Report) -> Result<Self> {
+    fn new(
+        out: &'a Path,
+        config: Config,
+        data: Data,
+        backend: &Backend,
+        report: &'a dyn Report,
+    ) -> Result<Self> {
         let step = TrainingStep::record(&config, data.prior.is_some())?;
-        let mut session = step.session(config.seed, data.prior.as_ref())?;
+        let mut session = backend.session(&step.tape)?;
+        if let Backend::Gpu { narrow, .. } = backend {
+            let stored = match (narrow, config.precision) {
+                (true, _) => "bf16",
+                (false, Precision::F32) => "f32",
+                (false, Precision::Bf16) => "f32, for want of bf16",
+            };
+            report.line(&format!(
+                "training on {}, activations in {stored}, {} MiB of its memory",
+                backend.name(),
+                (4 * session.plan().len()) >> 20
+            ));
+        }
+        step.start(&mut *session, config.seed, data.prior.as_ref())?;
         // A checkpoint of its own holds everything; the run then needs no other's.
         if !config.init.is_empty() && !out.join(LAST).is_file() {
             let path = Path::new(&config.init);
             let efficientnet = config.model.kind == ModelKind::EfficientnetB1;
             if efficientnet && pretrained::is_foreign(path)? {
-                pretrained::initialise(path, &step.tape, &mut session)?;
+                pretrained::initialise(path, &step.tape, &mut *session)?;
                 let what = "holds an encoder's weights, the others are random";
                 report.line(&format!("{} {what}", path.display()));
             } else {
                 let checkpoint = Checkpoint::read(path)?;
-                let missing = checkpoint.initialise(path, &step.tape, &mut session)?;
+                let missing = checkpoint.initialise(path, &step.tape, &mut *session)?;
                 if !missing.is_empty() {
                     let missing = missing.join(", ");
                     report.line(&format!("{} lacks {missing}: random", path.display()));
                 }
             }
-            step.start_averages(&mut session);
+            step.start_averages(&mut *session)?;
         }
         Ok(Self {
             out,
             report,
             pool: Arc::new(data.pool(config.size)?),
-            model: Model::new(config.clone())?,
+            model: Model::new(config.clone(), backend)?,
+            device: backend.name(),
             config,
             data,
             step,
             session,
+            queued: None,
             position: Position::default(),
             rows: Vec::new(),
         })
@@ -418,7 +437,7 @@ impl<'a> Run<'a> {
 
     fn write_manifest(&self) -> Result<()> {
         let path = self.out.join(MANIFEST);
-        let mut json = serde_json::to_vec_pretty(&self.data.manifest(&self.config))
+        let mut json = serde_json::to_vec_pretty(&self.data.manifest(&self.config, &self.device))
             .map_err(|e| Error::caused(&path, "cannot be written as JSON", e))?;
         json.push(b'\n');
         write_atomically(&path, &json)
@@ -430,16 +449,24 @@ impl<'a> Run<'a> {
             self.write_manifest()?;
         }
         let manifest = Manifest::read(&self.out.join(MANIFEST))?;
-        let now = self.data.manifest(&self.config);
+        let now = self.data.manifest(&self.config, &self.device);
         if (&manifest.train, &manifest.validation) != (&now.train, &now.validation) {
             let problem = "expected the images that the run began with, found others";
             return Err(Error::argument(&self.config.data, problem));
         }
-        if manifest.instruction_set != now.instruction_set {
-            self.report.line(&format!(
-                "resumed with {} instructions, begun with {}: results may differ in their last bits",
-                now.instruction_set, manifest.instruction_set
-            ));
+        for (how, now, begun) in [
+            ("on", now.device, manifest.device),
+            (
+                "with instructions",
+                now.instruction_set,
+                manifest.instruction_set,
+            ),
+        ] {
+            if now != begun {
+                self.report.line(&format!(
+                    "resumed {how} {now}, begun {how} {begun}: results may differ in their last bits"
+                ));
+            }
         }
         let path = self.out.join(LAST);
         if !path.is_file() {
@@ -451,7 +478,7 @@ impl<'a> Run<'a> {
                 format!("another run's checkpoint: {key}: expected {expected}, found {found}");
             return Err(Error::file(path, problem));
         }
-        checkpoint.restore(&path, &self.step.tape, &mut self.session)?;
+        checkpoint.restore(&path, &self.step.tape, &mut *self.session)?;
         self.position = checkpoint.position;
         let path = self.out.join(METRICS);
         if path.is_file() {
@@ -472,7 +499,7 @@ impl<'a> Run<'a> {
 
     fn save(&self, name: &str) -> Result<()> {
         let path = self.out.join(name);
-        let (tape, session) = (&self.step.tape, &self.session);
+        let (tape, session) = (&self.step.tape, &*self.session);
         checkpoint::write(&path, tape, session, &self.config, &self.position)
     }
 
@@ -504,14 +531,16 @@ impl<'a> Run<'a> {
             let started = Instant::now();
             while self.position.step < self.per_epoch() {
                 let batch = loader.next().expect("as many batches as steps")?;
-                self.train_batch(&batch)?;
-                loader.recycle(batch);
+                if let Some(batch) = self.queue(batch)? {
+                    loader.recycle(batch);
+                }
                 self.position.step += 1;
                 let done = self.position.epoch * self.per_epoch() + self.position.step;
                 let total = self.config.epochs * self.per_epoch();
                 let message = format!("epoch {}", self.position.epoch + 1);
                 self.report.progress("training", done, total, &message);
                 if stop(interrupt).is_err() {
+                    self.settle()?;
                     self.save(LAST)?;
                     self.report.line(&format!(
                         "saved at {message}, step {}; --resume goes on from there",
@@ -520,61 +549,91 @@ impl<'a> Run<'a> {
                     return Err(Error::Interrupted);
                 }
             }
+            if let Some(batch) = self.settle()? {
+                loader.recycle(batch);
+            }
             self.end_epoch(started)?;
         }
         Ok(())
     }
 
-    /// Runs one step and adds its losses to the epoch's sums.
-    fn train_batch(&mut self, batch: &Batch) -> Result<()> {
+    /// Queues one step; the batch of the step before is returned, whose results are read only then, so that a
+    /// device never waits for its host.
+    fn queue(&mut self, batch: Batch) -> Result<Option<Batch>> {
         let Position { epoch, step, .. } = self.position;
-        let number = epoch * self.per_epoch() + step + 1;
         let images = self.data.fold.train.len() - step as usize * self.config.batch;
-        let present = images.min(self.config.batch);
-        let values = schedule::control(&self.config, number, self.per_epoch());
-        let TrainingStep {
-            images, targets, ..
-        } = &self.step;
-        let session = &mut self.session;
-        session.write(*images, batch.images.data());
-        session.write(targets.masks, batch.masks.data());
-        session.write(targets.labels, batch.labels.data());
-        session.write(targets.control, &values);
-        let weight = |i: usize| if i < present { 1.0 } else { 0.0 };
-        for (i, label) in batch.labels.data().iter().enumerate() {
-            session.values_mut(targets.weights)[i] = weight(i);
-            let class = self.data.class_weights[usize::from(*label > 0.5)];
-            session.values_mut(targets.class_weights)[i] = weight(i) * class;
-        }
-        session.run();
-        let (loss, norm) = (
-            session.read(self.step.terms.total)[0],
-            session.read(self.step.norm)[0],
-        );
-        if !(loss.is_finite() && norm.is_finite()) {
-            // The optimizer has left the parameters as they were, so the same step can be run again.
-            let tensor = session.run_checked();
-            let cases = self.data.source.cases();
-            let name = |&i: &usize| cases[self.data.fold.train[i]].image.clone();
-            return Err(Error::NonFinite {
-                step: number,
-                tensor: tensor.unwrap_or_else(|| "an earlier step".to_owned()),
-                images: batch.indices.iter().map(name).collect(),
-            });
-        }
-        let terms = self
-            .step
-            .terms
-            .each()
-            .into_iter()
-            .chain([Some(self.step.norm)]);
-        let sums = &mut self.position.sums;
-        sums.resize(terms.clone().count(), 0.0);
-        for (sum, term) in sums.iter_mut().zip(terms) {
-            let value = term.map_or(0.0, |term| session.read(term)[0]);
-            *sum += present as f64 * f64::from(value);
+        let queued = Queued {
+            number: epoch * self.per_epoch() + step + 1,
+            present: images.min(self.config.batch),
+            batch,
+        };
+        self.feed(&queued)?;
+        self.session.replay()?;
+        self.session.fetch(self.step.report)?;
+        let done = self.settle();
+        self.queued = Some(queued);
+        done
+    }
+
+    /// Writes a step's inputs.
+    fn feed(&mut self, step: &Queued) -> Result<()> {
+        let Queued { number, batch, .. } = step;
+        let values = schedule::control(&self.config, *number, self.per_epoch());
+        let weight = |i: usize| if i < step.present { 1.0 } else { 0.0 };
+        let class = |label: f32| self.data.class_weights[usize::from(label > 0.5)];
+        let labels = batch.labels.data();
+        let weights: Vec<f32> = (0..labels.len()).map(weight).collect();
+        let classes = labels.iter().zip(&weights).map(|(&l, w)| w * class(l));
+        let classes: Vec<f32> = classes.collect();
+        let targets = &self.step.targets;
+        for (var, values) in [
+            (self.step.images, batch.images.data()),
+            (targets.masks, batch.masks.data()),
+            (targets.labels, labels),
+            (targets.weights, &weights),
+            (targets.class_weights, &classes),
+            (targets.control, &values),
+        ] {
+            self.session.write(var, values)?;
         }
         Ok(())
+    }
+
+    /// Adds the losses of the step whose results are still to be read, if there is one, to the epoch's sums, and
+    /// returns its batch.
+    fn settle(&mut self) -> Result<Option<Batch>> {
+        let Some(step) = self.queued.take() else {
+            return Ok(None);
+        };
+        let report = self.session.fetched()?.expect("fetched behind the step");
+        let (loss, norm) = (report[0], report[report.len() - 1]);
+        if !(loss.is_finite() && norm.is_finite()) {
+            return Err(self.examine(&step)?);
+        }
+        let terms = self.step.terms.each().map(|term| term.is_some());
+        let sums = &mut self.position.sums;
+        sums.resize(terms.len() + 1, 0.0);
+        let mut values = report.iter();
+        for (sum, present) in sums.iter_mut().zip(terms.into_iter().chain([true])) {
+            let value = present.then(|| values.next()).flatten();
+            *sum += step.present as f64 * f64::from(*value.unwrap_or(&0.0));
+        }
+        Ok(Some(step.batch))
+    }
+
+    /// Where the first value of a step that is not finite came from. Neither that step nor those queued behind it
+    /// changed the parameters ([`TrainingStep::halt`]), so it can be run again.
+    fn examine(&mut self, step: &Queued) -> Result<Error> {
+        self.session.write(self.step.halt, &[0.0])?;
+        self.feed(step)?;
+        let tensor = self.session.replay_checked()?;
+        let cases = self.data.source.cases();
+        let name = |&i: &usize| cases[self.data.fold.train[i]].image.clone();
+        Ok(Error::NonFinite {
+            step: step.number,
+            tensor: tensor.unwrap_or_else(|| "an earlier step".to_owned()),
+            images: step.batch.indices.iter().map(name).collect(),
+        })
     }
 
     /// Validates, and writes a row of metrics and the checkpoints.
@@ -639,13 +698,13 @@ impl<'a> Run<'a> {
 
     /// Mean Dice at the network's resolution over the validation fold, and its AUC.
     fn validate(&mut self) -> Result<(Option<f64>, Option<f64>)> {
-        self.model.copy_weights(&self.step, &self.session)?;
+        self.model.copy_weights(&self.step, &*self.session)?;
         let (examples, cases) = (&self.data.examples, self.data.source.cases());
         let validation = &self.data.fold.validation;
         let (mut dice, mut scores) = (0.0, Vec::new());
         for part in validation.chunks(self.config.batch) {
             let images: Vec<&[u8]> = part.iter().map(|&i| &examples[i].image[..]).collect();
-            for (&i, inference) in part.iter().zip(self.model.infer(&images)) {
+            for (&i, inference) in part.iter().zip(self.model.infer(&images)?) {
                 if let Some(logits) = inference.logits {
                     dice += overlap(&logits, &examples[i].mask);
                 }
@@ -661,7 +720,9 @@ impl<'a> Run<'a> {
 
     /// The best weights on the validation fold, at original resolution.
     fn finish(self, interrupt: &AtomicBool) -> Result<Trained> {
-        let mut model = Model::open(self.out)?;
+        // Its memory first: another network's comes on top.
+        drop((self.session, self.model));
+        let mut model = Model::open(self.out, self.config.device)?;
         let source = &*self.data.source;
         let subset = &self.data.fold.validation;
         let rows = examine(&mut model, source, subset, self.report, interrupt)?;

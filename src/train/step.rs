@@ -1,17 +1,22 @@
 //! The two tapes of a run: a whole training step, and the network alone for evaluation.
 
+use std::borrow::Cow;
+
 use super::config::{Arm, Config, ModelKind, Stop};
-use crate::device::cpu::{Element, Session};
+use crate::device::cpu::{self, Element};
+use crate::device::{Backend, Session};
 use crate::error::Result;
 use crate::features;
 use crate::loss::{Loss, Prior, Targets, Terms, Tie};
 use crate::nn::{
     self, AttentionUNet, EfficientNet, Fold, Heads, Logits, Mode, Network, Start, UNet,
 };
+use crate::ops::concat::Concat;
 use crate::ops::control;
+use crate::ops::pointwise::{Add, Scale};
 use crate::optim::{AdamW, Rule};
 use crate::tape::{Kind, Options, Plan, Tape, Var};
-use crate::tensor::Shape;
+use crate::tensor::{Real, Shape};
 
 fn heads(config: &Config) -> Heads {
     Heads {
@@ -51,6 +56,11 @@ pub struct TrainingStep {
     pub terms: Terms,
     /// Norm of the gradient before clipping, a scalar.
     pub norm: Var,
+    /// The terms of the loss that there are, in their order, then the norm: what is read of a step.
+    pub report: Var,
+    /// Input and output, 0 at first: a step whose loss or gradient is not finite leaves a NaN here, and no step
+    /// updates anything while there is one. So the step can still be examined when others were queued behind it.
+    pub halt: Var,
     /// The prior, if the run has one.
     pub prior: Option<Prior>,
     starts: Vec<(Var, Start)>,
@@ -126,28 +136,35 @@ impl TrainingStep {
             .collect();
         statistics.sort_unstable();
         statistics.dedup();
+        let halt = tape.input("halt", Shape::SCALAR);
+        let guard = tape.push(Add, &[terms.total, halt])?;
         let norm = adamw.record(
             &mut tape,
             control,
-            terms.total,
+            guard,
             &parameters,
             &gradients,
             (optimizer.ema > 0.0).then_some(&statistics[..]),
         )?;
         tape.keep(norm);
+        tape.update(Scale { factor: 0.0 }, &[norm], &[halt])?;
+        let reported = terms.each().into_iter().chain([Some(norm)]).flatten();
+        let report = tape.push(Concat, &reported.collect::<Vec<_>>())?;
+        tape.keep(report);
         Ok(Self {
             tape,
             images,
             targets,
             terms,
             norm,
+            report,
+            halt,
             prior,
             starts,
         })
     }
 
-    /// Memory for the step, with its starting values: random weights keyed by `seed`, the fitted
-    /// `prior`, zero moments, averages that equal what they average.
+    /// Memory for the step on the processor, with its starting values ([`TrainingStep::start`]).
     ///
     /// # Errors
     /// [`crate::Error::Argument`] if there is not enough memory.
@@ -155,20 +172,37 @@ impl TrainingStep {
         &self,
         seed: u64,
         prior: Option<&features::Prior>,
-    ) -> Result<Session<T>> {
-        let mut session = Session::new(Plan::new(&self.tape, Options::default())?)?;
-        nn::initialise(&mut session, &self.starts, seed);
-        if let (Some(place), Some(prior)) = (&self.prior, prior) {
-            for (var, values) in place.values(prior) {
-                session.write(var, &values);
-            }
-        }
-        self.start_averages(&mut session);
+    ) -> Result<cpu::Session<T>> {
+        let mut session = cpu::Session::new(Plan::new(&self.tape, Options::default())?)?;
+        self.start(&mut session, seed, prior)?;
         Ok(session)
     }
 
+    /// Writes the starting values: random weights keyed by `seed`, the fitted `prior`, averages that equal what
+    /// they average. Moments start as zeros.
+    ///
+    /// # Errors
+    /// As [`Session::write`].
+    pub fn start<T: Real>(
+        &self,
+        session: &mut dyn Session<T>,
+        seed: u64,
+        prior: Option<&features::Prior>,
+    ) -> Result<()> {
+        nn::initialise(session, &self.starts, seed)?;
+        if let (Some(place), Some(prior)) = (&self.prior, prior) {
+            for (var, values) in place.values(prior) {
+                session.write(var, &values)?;
+            }
+        }
+        self.start_averages(session)
+    }
+
     /// Sets the moving averages to what they average.
-    pub fn start_averages<T: Element>(&self, session: &mut Session<T>) {
+    ///
+    /// # Errors
+    /// As [`Session::read`] and [`Session::write`].
+    pub fn start_averages<T: Real>(&self, session: &mut dyn Session<T>) -> Result<()> {
         for average in self.tape.of_kind(Kind::State) {
             let Some(name) = self.tape.name(average).strip_prefix("ema.") else {
                 continue;
@@ -177,9 +211,10 @@ impl TrainingStep {
                 .into_iter()
                 .find_map(|kind| self.tape.find(kind, name))
                 .expect("an average is named after what it averages");
-            let values = session.read(source).to_vec();
-            session.write(average, &values);
+            let values = session.read(source)?.into_owned();
+            session.write(average, &values)?;
         }
+        Ok(())
     }
 }
 
@@ -223,6 +258,7 @@ impl Evaluation {
     fn record_in(mode: Mode, config: &Config) -> Result<Self> {
         let mut tape = Tape::new();
         let images = tape.input("images", images(config));
+        tape.narrow(images);
         let mut network = Network::new(&mut tape, mode);
         let logits = record(config, &mut network, images)?;
         let (starts, folds) = (network.starts().to_vec(), network.folds().to_vec());
@@ -240,9 +276,9 @@ impl Evaluation {
     /// Memory for the network, its weights zero.
     ///
     /// # Errors
-    /// [`crate::Error::Argument`] if there is not enough memory.
-    pub fn session(&self) -> Result<Session<f32>> {
-        Session::new(Plan::new(&self.tape, Options::default())?)
+    /// As [`Backend::session`].
+    pub fn session(&self, backend: &Backend) -> Result<Box<dyn Session<f32>>> {
+        backend.session(&self.tape)
     }
 
     /// Writes the weights of `session`: [`nn::load`].
@@ -251,8 +287,8 @@ impl Evaluation {
     /// The first of `source`.
     pub fn load<'a>(
         &self,
-        session: &mut Session<f32>,
-        source: impl FnMut(&str, Shape) -> Result<&'a [f32]>,
+        session: &mut dyn Session<f32>,
+        source: impl FnMut(&str, Shape) -> Result<Cow<'a, [f32]>>,
     ) -> Result<()> {
         nn::load(&self.tape, &self.folds, session, source)
     }
