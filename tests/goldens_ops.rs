@@ -74,11 +74,25 @@ fn record(golden: &Golden, tape: &mut Tape, inputs: &[Var]) -> Result<Vec<Var>> 
         _ => Activation::Identity,
     };
     let y = match golden.op.as_str() {
-        "conv2d" => tape.push(Conv2d { stride, padding }, inputs)?,
+        "conv2d" => tape.push(
+            Conv2d {
+                stride,
+                padding,
+                statistics: false,
+            },
+            inputs,
+        )?,
         "linear" => tape.push(Conv2d::linear(), inputs)?,
         "bias_add" => tape.push(BiasAdd, inputs)?,
         "batch_norm" => tape.push_all(BatchNorm { eps, activation }, inputs)?[0],
-        "normalize" => tape.push(Normalize { eps, activation }, inputs)?,
+        "normalize" => tape.push(
+            Normalize {
+                eps,
+                activation,
+                of_batch: false,
+            },
+            inputs,
+        )?,
         "group_norm" => {
             let op = GroupNorm {
                 groups,

@@ -406,7 +406,7 @@ fn the_gradient_of_the_whole_model_agrees_with_finite_differences() {
             .cloned()
             .collect()
     };
-    let relus: Vec<Var> = named("batch_norm").iter().map(|s| s.outputs[0]).collect();
+    let relus: Vec<Var> = named("normalize").iter().map(|s| s.outputs[0]).collect();
     let pools: Vec<Var> = named("max_pool2d").iter().map(|s| s.inputs[0]).collect();
     let tie = named("multitask_loss")[0].inputs.clone();
     assert_eq!((relus.len(), pools.len()), (6, 1));

@@ -38,7 +38,7 @@ use crate::device::philox::Philox;
 use crate::error::Result;
 use crate::ops::Op;
 use crate::ops::activation::Activation;
-use crate::ops::batch_norm::{BatchNorm, Normalize, RunningStatistics};
+use crate::ops::batch_norm::{Normalize, RunningStatistics};
 use crate::ops::conv2d::{Conv2d, Conv2dBias};
 use crate::ops::depthwise_conv2d::{DepthwiseConv2d, DepthwiseConv2dBias};
 use crate::ops::dropout::Dropout;
@@ -197,15 +197,19 @@ impl<'a> Network<'a> {
         let shape = Shape::new(channels, kernel, kernel, self.shape(x).c);
         let weight = self.parameter(conv, "weight", shape, Start::HeNormal);
         let op = Conv2d::new(stride, kernel / 2);
-        if let Mode::Infer = self.mode {
-            let op = Conv2dBias {
-                conv: op,
-                activation,
-            };
-            return self.folded([conv, norm], op, x, weight);
+        match self.mode {
+            Mode::Train { .. } => {
+                self.normed([conv, norm], op.with_statistics(), x, weight, activation)
+            }
+            Mode::Evaluate => self.normed([conv, norm], op, x, weight, activation),
+            Mode::Infer => {
+                let op = Conv2dBias {
+                    conv: op,
+                    activation,
+                };
+                self.folded([conv, norm], op, x, weight)
+            }
         }
-        let y = self.tape.scope(conv, |tape| tape.push(op, &[x, weight]))?;
-        self.batch_norm(norm, y, activation)
     }
 
     /// As [`Network::conv_norm`] with a convolution of each channel by itself.
@@ -222,15 +226,59 @@ impl<'a> Network<'a> {
         let shape = Shape::new(self.shape(x).c, kernel, kernel, 1);
         let weight = self.parameter(conv, "weight", shape, Start::HeNormal);
         let op = DepthwiseConv2d::new(stride, kernel / 2);
-        if let Mode::Infer = self.mode {
-            let op = DepthwiseConv2dBias {
-                conv: op,
-                activation,
-            };
-            return self.folded([conv, norm], op, x, weight);
+        match self.mode {
+            Mode::Train { .. } => {
+                self.normed([conv, norm], op.with_statistics(), x, weight, activation)
+            }
+            Mode::Evaluate => self.normed([conv, norm], op, x, weight, activation),
+            Mode::Infer => {
+                let op = DepthwiseConv2dBias {
+                    conv: op,
+                    activation,
+                };
+                self.folded([conv, norm], op, x, weight)
+            }
         }
-        let y = self.tape.scope(conv, |tape| tape.push(op, &[x, weight]))?;
-        self.batch_norm(norm, y, activation)
+    }
+
+    /// A convolution and its normalisation: with the statistics that `op` takes, or with running ones.
+    fn normed(
+        &mut self,
+        [conv, norm]: [&str; 2],
+        op: impl Op + 'static,
+        x: Var,
+        weight: Var,
+        activation: Activation,
+    ) -> Result<Var> {
+        let y = (self.tape).scope(conv, |tape| tape.push_all(op, &[x, weight]))?;
+        let (shape, count) = (
+            Shape::per_channel(self.shape(y[0]).c),
+            self.shape(y[0]).rows(),
+        );
+        let (zero, one) = (Start::Constant(0.0), Start::Constant(1.0));
+        let weight = self.parameter(norm, "weight", shape, one);
+        let bias = self.parameter(norm, "bias", shape, zero);
+        let running = [
+            self.state(norm, "running_mean", shape, zero),
+            self.state(norm, "running_var", shape, one),
+        ];
+        let (statistics, of_batch) = match y[1..] {
+            [mean, var] => ([mean, var], true),
+            _ => (running, false),
+        };
+        self.tape.scope(norm, |tape| {
+            if of_batch {
+                let momentum = BATCH_NORM_MOMENTUM;
+                let update = RunningStatistics { momentum, count };
+                tape.update(update, &statistics, &running)?;
+            }
+            let op = Normalize {
+                eps: BATCH_NORM_EPS,
+                activation,
+                of_batch,
+            };
+            tape.push(op, &[&[y[0], weight, bias], &statistics[..]].concat())
+        })
     }
 
     fn folded(
@@ -285,35 +333,6 @@ impl<'a> Network<'a> {
     /// Never for a value of the tape.
     pub fn logit(&mut self, layer: &str, x: Var) -> Result<Var> {
         self.linear(layer, x, 1, Start::Uniform, Activation::Identity)
-    }
-
-    fn batch_norm(&mut self, layer: &str, x: Var, activation: Activation) -> Result<Var> {
-        let shape = Shape::per_channel(self.shape(x).c);
-        let count = self.shape(x).rows();
-        let (zero, one) = (Start::Constant(0.0), Start::Constant(1.0));
-        let weight = self.parameter(layer, "weight", shape, one);
-        let bias = self.parameter(layer, "bias", shape, zero);
-        let running_mean = self.state(layer, "running_mean", shape, zero);
-        let running_var = self.state(layer, "running_var", shape, one);
-        let eps = BATCH_NORM_EPS;
-        let mode = self.mode;
-        self.tape.scope(layer, |tape| match mode {
-            Mode::Train { .. } => {
-                let norm = BatchNorm { eps, activation };
-                let batch = tape.push_all(norm, &[x, weight, bias])?;
-                let update = RunningStatistics {
-                    momentum: BATCH_NORM_MOMENTUM,
-                    count,
-                };
-                let running = [running_mean, running_var];
-                tape.update(update, &[batch[1], batch[2]], &running)?;
-                Ok(batch[0])
-            }
-            _ => {
-                let inputs = [x, weight, bias, running_mean, running_var];
-                tape.push(Normalize { eps, activation }, &inputs)
-            }
-        })
     }
 
     /// Drops each element with probability `rate` in training.

@@ -49,12 +49,7 @@ impl Op for BatchNorm {
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
         self.norm().check(self.name(), inputs)?;
         let x = inputs[0];
-        if x.rows() < 2 {
-            return Err(Error::shape(
-                self.name(),
-                format!("expected at least 2 values per channel, found 1 in {x}"),
-            ));
-        }
+        norm::enough(self.name(), x)?;
         Ok(vec![x, Shape::per_channel(x.c), Shape::per_channel(x.c)])
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
@@ -73,6 +68,7 @@ impl Op for BatchNorm {
         let again = Normalize {
             eps: self.eps,
             activation: self.activation,
+            of_batch: false,
         };
         Some((Arc::new(again), [inputs, &outputs[1..]].concat()))
     }
@@ -83,10 +79,12 @@ impl Op for BatchNorm {
     }
 }
 
-/// Evaluation mode, and training mode's `y` again from kept statistics. Inputs `x` (N×H×W×C), `gamma`,
+/// Normalisation with given statistics: evaluation mode, training mode behind a convolution that takes the
+/// statistics of its result, and training mode's `y` again from kept statistics. Inputs `x` (N×H×W×C), `gamma`,
 /// `beta`, `mean`, `var` (per channel); output `y = a(γ·(x − μ)/√(σ² + ε) + β)`.
 ///
-/// `mean` and `var` are constants: they have no gradient, and none flows through them into `x`.
+/// `mean` and `var` have no gradient of their own. The gradient of `x` takes them for constants, or with
+/// `of_batch` for what they are of `x`, as that of [`BatchNorm`] does.
 /// Passes over memory: reads `x`, writes `y` (in place where `x` is not read again). The gradient reads `x`
 /// and `dy` twice and writes `dx`.
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +93,8 @@ pub struct Normalize {
     pub eps: f64,
     /// Applied to the result.
     pub activation: Activation,
+    /// Whether `mean` and `var` are those of `x` over the batch; the caller sees to it that they are.
+    pub of_batch: bool,
 }
 
 impl Normalize {
@@ -137,12 +137,21 @@ impl Op for Normalize {
     }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         let (mean, var) = (at.input(3), at.input(4));
-        self.norm().backward(at, mean, var)
+        let statistics = if self.of_batch {
+            Statistics::Batch
+        } else {
+            Statistics::Constant
+        };
+        Norm {
+            statistics,
+            ..self.norm()
+        }
+        .backward(at, mean, var)
     }
 }
 
-/// Moves running statistics towards those of a batch: for [`crate::tape::Tape::update`], inputs the `mean`
-/// and `var` of [`BatchNorm`], targets the running mean and variance (all per channel).
+/// Moves running statistics towards those of a batch: for [`crate::tape::Tape::update`], inputs the batch's `mean`
+/// and `var`, targets the running mean and variance (all per channel).
 ///
 /// As in PyTorch, `momentum` is the weight of the new value, and the running variance is the unbiased one.
 #[derive(Clone, Copy, Debug)]
@@ -216,6 +225,7 @@ pub(super) fn normalize_case(s: &mut Sampler) -> Case {
     let op = Normalize {
         eps: s.uniform(1e-3, 1.0),
         activation: norm::activation(s),
+        of_batch: false,
     };
     let vector = Shape::per_channel(shape.c);
     let [x, gamma, beta, mean, var] = norm::draw(s, op.norm(), shape);

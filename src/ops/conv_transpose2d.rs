@@ -101,6 +101,7 @@ impl Op for ConvTranspose2d {
             let convolution = Conv2d {
                 stride: self.stride,
                 padding: self.padding,
+                statistics: false,
             };
             let dx = at.push(convolution, &[dy, w])?;
             at.set(0, dx)?;

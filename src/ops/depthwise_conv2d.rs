@@ -12,8 +12,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::activation::{Activation, Epilogue};
-use super::conv2d::expect;
-use super::{Kernel, Op};
+use super::conv2d::{expect, outputs};
+use super::{Kernel, Op, norm, statistics};
 use crate::device::cpu::Io;
 use crate::device::simd::{self, Lanes, Level};
 use crate::error::{Error, Result};
@@ -25,11 +25,16 @@ use crate::tensor::{Real, Shape};
 const TASKS: usize = 32;
 /// Channels of a task of the weight gradient: a multiple of every vector.
 const BLOCK: usize = 64;
+/// Least output pixels of a task of the convolution, in whole rows: enough to pay for the sums of its statistics.
+const ROW_PIXELS: usize = 64;
 /// Output pixels that are computed together.
 const PIXELS: usize = 4;
 
 /// `y[n, i, j, c] = Σ x[n, i·sh + r − ph, j·sw + s − pw, c] · w[c, r, s]`, inputs `x` (N×H×W×C) and `w`
 /// (C×kh×kw×1); rows before columns in both parameters.
+///
+/// With `statistics`, the mean and the biased variance of each channel of `y` over the batch follow, as those of
+/// [`Conv2d`](super::conv2d::Conv2d) do.
 ///
 /// Passes over memory: reads `x`, writes `y`. The gradients: reads `dy` and writes `dx`; reads `x` and `dy`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +43,8 @@ pub struct DepthwiseConv2d {
     pub stride: [usize; 2],
     /// Zeros around the image, on either side.
     pub padding: [usize; 2],
+    /// Whether mean and variance are taken.
+    pub statistics: bool,
 }
 
 impl DepthwiseConv2d {
@@ -46,6 +53,15 @@ impl DepthwiseConv2d {
         Self {
             stride: [stride; 2],
             padding: [padding; 2],
+            statistics: false,
+        }
+    }
+
+    /// The same convolution with statistics.
+    pub const fn with_statistics(self) -> Self {
+        Self {
+            statistics: true,
+            ..self
         }
     }
 
@@ -119,6 +135,21 @@ impl Geometry {
     /// Elements of scratch that [`forward`] and [`input_gradient`] need.
     pub fn scratch(&self) -> usize {
         self.w.len()
+    }
+
+    /// Elements of scratch that [`forward_with_statistics`] needs.
+    pub fn statistics_scratch(&self) -> usize {
+        self.scratch() + self.blocks() * statistics::len(self.x.c)
+    }
+
+    /// Output rows of a task of the convolution, which leaves the sums of its statistics.
+    fn rows(&self) -> usize {
+        ROW_PIXELS.div_ceil(self.output().w)
+    }
+
+    fn blocks(&self) -> usize {
+        let y = self.output();
+        (y.n * y.h).div_ceil(self.rows())
     }
 
     /// Elements of scratch that [`weight_gradient`] needs.
@@ -248,24 +279,69 @@ fn correlate<T: Real>(
 ) {
     check(geometry, x.len(), w.len(), y.len());
     let packed = pack(geometry, w, scratch);
-    let (from, to) = (geometry.x, geometry.output());
-    y.par_chunks_mut(to.w * to.c)
+    let len = geometry.rows() * geometry.output().w * geometry.x.c;
+    y.par_chunks_mut(len)
         .enumerate()
-        .for_each(|(row, y)| {
-            let row = Row {
-                x: image(x, from, row / to.h),
-                c: to.c,
-                w: packed,
-                kernel: geometry.w.w,
-                rows: geometry.axis(0),
-                row: row % to.h,
-                columns: |_| geometry.axis(1),
-                phases: 1,
-                epilogue,
-                y,
-            };
-            simd::dispatch_at(level, row);
+        .for_each(|(block, y)| correlate_block(level, geometry, block, x, packed, epilogue, y));
+}
+
+/// As [`forward`], and the mean and biased variance of each channel of `y` over the batch.
+///
+/// # Panics
+/// If a slice does not have the length its shape demands.
+pub fn forward_with_statistics<T: Real>(
+    level: Level,
+    geometry: &Geometry,
+    x: &[T],
+    w: &[T],
+    y: &mut [T],
+    [mean, var]: [&mut [T]; 2],
+    scratch: &mut [T],
+) {
+    check(geometry, x.len(), w.len(), y.len());
+    let (sums, scratch) = scratch.split_at_mut(geometry.blocks() * statistics::len(geometry.x.c));
+    let packed = pack(geometry, w, scratch);
+    let (c, rows) = (geometry.x.c, y.len() / geometry.x.c);
+    let pixels = geometry.rows() * geometry.output().w;
+    y.par_chunks_mut(pixels * c)
+        .zip(sums.par_chunks_mut(statistics::len(c)))
+        .enumerate()
+        .for_each(|(block, (y, sums))| {
+            correlate_block(level, geometry, block, x, packed, None, y);
+            let channels = c;
+            simd::dispatch_at(level, statistics::Taken { y, channels, sums });
         });
+    let pixels_of = |block| pixels.min(rows - block * pixels);
+    statistics::finish(sums, geometry.blocks(), pixels_of, mean, var);
+}
+
+/// The convolution's output rows from `block · Geometry::rows` on.
+fn correlate_block<T: Real>(
+    level: Level,
+    geometry: &Geometry,
+    block: usize,
+    x: &[T],
+    packed: &[T],
+    epilogue: Option<Epilogue<'_, T>>,
+    y: &mut [T],
+) {
+    let (from, to) = (geometry.x, geometry.output());
+    for (i, y) in y.chunks_exact_mut(to.w * to.c).enumerate() {
+        let row = block * geometry.rows() + i;
+        let row = Row {
+            x: image(x, from, row / to.h),
+            c: to.c,
+            w: packed,
+            kernel: geometry.w.w,
+            rows: geometry.axis(0),
+            row: row % to.h,
+            columns: |_| geometry.axis(1),
+            phases: 1,
+            epilogue,
+            y,
+        };
+        simd::dispatch_at(level, row);
+    }
 }
 
 /// `dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, c] · w[c, r, s]`.
@@ -713,8 +789,13 @@ impl<T: Real> Kernel<T> for DepthwiseConv2d {
     fn run(&self, io: &mut Io<'_, T>) {
         let geometry = self.accepted(io.input_shape(0), io.input_shape(1));
         let (x, w) = (io.input(0), io.input(1));
-        let (y, scratch) = (io.output(0), io.scratch());
-        forward(Level::current(), &geometry, x, w, y, scratch);
+        let (level, y, scratch) = (Level::current(), io.output(0), io.scratch());
+        if self.statistics {
+            let statistics = [io.output(1), io.output(2)];
+            forward_with_statistics(level, &geometry, x, w, y, statistics, scratch);
+        } else {
+            forward(level, &geometry, x, w, y, scratch);
+        }
     }
 }
 
@@ -723,15 +804,29 @@ impl Op for DepthwiseConv2d {
         "depthwise_conv2d"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        Ok(vec![self.geometry(inputs[0], inputs[1])?.output()])
+        let y = self.geometry(inputs[0], inputs[1])?.output();
+        outputs(self.name(), y, self.statistics)
     }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        self.accepted(inputs[0], inputs[1]).flops()
+    fn flops(&self, inputs: &[Shape], outputs: &[Shape]) -> u64 {
+        let statistics = if self.statistics {
+            statistics::FLOPS * outputs[0].len() as u64
+        } else {
+            0
+        };
+        self.accepted(inputs[0], inputs[1]).flops() + statistics
     }
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
-        self.accepted(inputs[0], inputs[1]).scratch()
+        let geometry = self.accepted(inputs[0], inputs[1]);
+        if self.statistics {
+            geometry.statistics_scratch()
+        } else {
+            geometry.scratch()
+        }
     }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        if self.statistics {
+            norm::differentiable(self.name(), at)?;
+        }
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
@@ -879,12 +974,23 @@ pub(super) fn case(s: &mut Sampler) -> Case {
     let op = DepthwiseConv2d {
         stride: [sh, sw],
         padding: [ph, pw],
+        statistics: false,
     };
     let (x, w) = (Shape::new(n, h, w, c), Shape::new(c, kh, kw, 1));
     let description = format!("{x} ∗ {w}, {op:?}");
     Case::new(description, move |t, v| Ok(vec![t.push(op, v)?]))
         .with("x", x, s.values(x.len(), -1.0, 1.0))
         .with("w", w, s.values(w.len(), -1.0, 1.0))
+}
+
+/// A depthwise convolution with statistics and the batch normalisation that takes them.
+pub(super) fn norm_case(s: &mut Sampler) -> Case {
+    let (kernel, stride) = (2 * s.size(1, 2) + 1, s.size(1, 2));
+    let op = DepthwiseConv2d::new(stride, kernel / 2).with_statistics();
+    // Two images make two values at least.
+    let (n, c) = (s.size(2, 3), s.extent(1, 4));
+    let x = Shape::new(n, s.extent(1, 6), s.extent(1, 6), c);
+    norm::case_of_batch(s, op, x, Shape::new(c, kernel, kernel, 1))
 }
 
 #[cfg(test)]
@@ -984,6 +1090,17 @@ mod tests {
         }
     }
 
+    /// Output, mean and variance.
+    fn with_statistics<T: Real>(level: Level, g: &Geometry) -> [Vec<T>; 3] {
+        let (x, w) = (values::<T>(g.x.len(), 1), values::<T>(g.w.len(), 2));
+        let fresh = |len: usize| vec![T::nan(); len];
+        let [mut y, mut mean, mut var] = [g.output().len(), g.x.c, g.x.c].map(fresh);
+        let statistics = [&mut mean[..], &mut var[..]];
+        let mut scratch = fresh(g.statistics_scratch());
+        forward_with_statistics(level, g, &x, &w, &mut y, statistics, &mut scratch);
+        [y, mean, var]
+    }
+
     fn ours<T: Real>(level: Level, g: &Geometry) -> [Vec<T>; 3] {
         let (x, w) = (values::<T>(g.x.len(), 1), values::<T>(g.w.len(), 2));
         let dy = values::<T>(g.output().len(), 3);
@@ -991,6 +1108,9 @@ mod tests {
         let fresh = |len: usize| vec![T::nan(); len];
         let [mut y, mut dx, mut dw] = [dy.len(), x.len(), w.len()].map(fresh);
         forward(level, g, &x, &w, &mut y, &mut fresh(g.scratch()));
+        let [same, mean, var] = with_statistics(level, g);
+        assert!(same == y, "{g:?}: statistics change the output");
+        statistics::tests::check(&y, [&mean, &var]).unwrap_or_else(|e| panic!("{g:?}: {e}"));
         input_gradient(level, g, &w, &dy, &mut dx, &mut fresh(g.scratch()));
         let mut scratch = fresh(g.weight_gradient_scratch());
         weight_gradient(level, g, &x, &dy, &mut dw, &mut scratch);
@@ -1058,7 +1178,8 @@ mod tests {
             let on = |threads: usize| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
                 let pool = pool.build().unwrap();
-                pool.install(|| ours::<f32>(Level::current(), &g))
+                let level = Level::current();
+                pool.install(|| (ours::<f32>(level, &g), with_statistics::<f32>(level, &g)))
             };
             let one = on(1);
             for threads in [2, 3] {

@@ -1,5 +1,6 @@
 //! A typical application of each operation at a given extent, for profiles.
 
+use super::Op;
 use super::activation::Activation;
 use super::add_relu::AddRelu;
 use super::batch_norm::{BatchNorm, Normalize};
@@ -83,6 +84,14 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
         "depthwise_conv2d" => {
             let w = tape.input("weight", Shape::new(c, 3, 3, 1));
             (tape.push(DepthwiseConv2d::new(1, 1), &[x, w])?, vec![w])
+        }
+        "conv2d_norm" => {
+            let w = tape.input("weight", Shape::new(c, 3, 3, c));
+            conv_norm(tape, Conv2d::new(1, 1).with_statistics(), x, w)?
+        }
+        "depthwise_conv2d_norm" => {
+            let w = tape.input("weight", Shape::new(c, 3, 3, 1));
+            conv_norm(tape, DepthwiseConv2d::new(1, 1).with_statistics(), x, w)?
         }
         "conv_transpose2d" => {
             let w = tape.input("weight", Shape::new(c, 2, 2, c));
@@ -221,7 +230,11 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
         }
         "normalize" => {
             let vectors = ["gamma", "beta", "mean", "var"].map(|name| channels(tape, name));
-            let op = Normalize { eps, activation };
+            let op = Normalize {
+                eps,
+                activation,
+                of_batch: false,
+            };
             let y = tape.push(op, &[&[x], &vectors[..]].concat())?;
             (y, vectors[..2].to_vec())
         }
@@ -261,6 +274,20 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
     Ok((y, [&[x], &others[..]].concat()))
 }
 
+/// A convolution with statistics, normalised, and its inputs but for `x`.
+fn conv_norm(tape: &mut Tape, op: impl Op + 'static, x: Var, w: Var) -> Result<(Var, Vec<Var>)> {
+    let y = tape.push_all(op, &[x, w])?;
+    let vector = Shape::per_channel(tape.shape(y[0]).c);
+    let affine = ["gamma", "beta"].map(|name| tape.input(name, vector));
+    let norm = Normalize {
+        eps: 1e-5,
+        activation: Activation::Relu,
+        of_batch: true,
+    };
+    let y = tape.push(norm, &[y[0], affine[0], affine[1], y[1], y[2]])?;
+    Ok((y, vec![w, affine[0], affine[1]]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,7 +301,7 @@ mod tests {
             let (y, wrt) = record(&mut tape, entry.name, shape).unwrap();
             let name = tape.steps().last().unwrap().op.name();
             assert!(
-                name == entry.name || entry.name == "linear",
+                name == entry.name || entry.name == "linear" || entry.name.ends_with("conv2d_norm"),
                 "{}: {name}",
                 entry.name
             );

@@ -33,6 +33,7 @@ pub mod pool;
 pub mod prior;
 mod rows;
 pub mod shape_features;
+mod statistics;
 pub mod stochastic_depth;
 pub mod upsample;
 
@@ -189,6 +190,16 @@ pub fn registry() -> Vec<Entry> {
             "depthwise_conv2d",
             "x ∗ w, each channel by itself",
             depthwise_conv2d::case,
+        ),
+        entry(
+            "conv2d_norm",
+            "activation of x ∗ w normalised over the batch",
+            conv2d::conv2d_norm_case,
+        ),
+        entry(
+            "depthwise_conv2d_norm",
+            "as conv2d_norm, each channel by itself",
+            depthwise_conv2d::norm_case,
         ),
         entry(
             "conv_transpose2d",

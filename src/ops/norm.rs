@@ -11,12 +11,13 @@
 //! from `x`, so that nothing but `x` and the statistics is kept for the gradient.
 
 use super::activation::Activation;
+use super::batch_norm::Normalize;
 use super::rows::{Lanewise, Rows};
 use super::{Cost, Kernel, Op};
 use crate::device::cpu::Io;
 use crate::device::simd::Lanes;
 use crate::error::{Error, Result};
-use crate::gradcheck::Sampler;
+use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
 use crate::tensor::{Real, Shape};
 
@@ -142,7 +143,18 @@ impl Norm {
     }
 }
 
-/// Refuses a gradient that reaches the statistics of a normalisation, its outputs 1 and 2.
+/// Refuses to take the statistics of a batch with a single value per channel.
+pub(super) fn enough(op: &'static str, x: Shape) -> Result<()> {
+    if x.rows() < 2 {
+        return Err(Error::shape(
+            op,
+            format!("expected at least 2 values per channel, found 1 in {x}"),
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses a gradient that reaches the statistics of a batch, outputs 1 and 2.
 pub(super) fn differentiable(op: &'static str, at: &Backward<'_>) -> Result<()> {
     match at.gradient(1).or(at.gradient(2)) {
         Some(_) => Err(Error::shape(op, "mean and var have no derivative")),
@@ -324,6 +336,32 @@ pub(super) fn draw(s: &mut Sampler, norm: Norm, shape: Shape) -> [Vec<f64>; 5] {
     }
 }
 
+/// A gradient check of a convolution with statistics, `y, mean, var` from `x` and `w`, and the normalisation that
+/// takes them. A small `ε` would leave little gradient for `w`, on whose scale `x̂` does not depend.
+pub(super) fn case_of_batch(
+    s: &mut Sampler,
+    op: impl Op + Copy + 'static,
+    x: Shape,
+    w: Shape,
+) -> Case {
+    let norm = Normalize {
+        eps: s.uniform(0.1, 1.0),
+        activation: [Activation::Identity, Activation::Silu][s.size(0, 1)],
+        of_batch: true,
+    };
+    let vector = Shape::per_channel(w.n);
+    let mut case = Case::new(format!("{x} ∗ {w}, {op:?}, {norm:?}"), move |t, v| {
+        let y = t.push_all(op, &v[..2])?;
+        Ok(vec![t.push(norm, &[y[0], v[2], v[3], y[1], y[2]])?])
+    })
+    .with("x", x, s.values(x.len(), -1.0, 1.0))
+    .with("w", w, s.values(w.len(), -1.0, 1.0))
+    .with("gamma", vector, s.values_off_zero(w.n, 0.3, 1.5))
+    .with("beta", vector, s.values(w.n, -1.0, 1.0));
+    case.step = STEP;
+    case
+}
+
 /// `u`, mean and variance by their definition.
 pub(super) fn reference(
     norm: Norm,
@@ -368,7 +406,7 @@ mod tests {
 
     use super::*;
     use crate::device::cpu::{Element, Session};
-    use crate::ops::batch_norm::{BatchNorm, Normalize};
+    use crate::ops::batch_norm::BatchNorm;
     use crate::ops::group_norm::GroupNorm;
     use crate::tape::{Plan, Tape};
 
@@ -388,7 +426,15 @@ mod tests {
             .collect();
         let outputs = match statistics {
             Statistics::Batch => tape.push_all(BatchNorm { eps, activation }, &vars),
-            Statistics::Constant => tape.push_all(Normalize { eps, activation }, &vars),
+            Statistics::Constant => {
+                let of_batch = false;
+                let op = Normalize {
+                    eps,
+                    activation,
+                    of_batch,
+                };
+                tape.push_all(op, &vars)
+            }
             Statistics::Groups(groups) => {
                 let op = GroupNorm {
                     groups,

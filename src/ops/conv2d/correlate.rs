@@ -5,12 +5,15 @@
 //! borders to mind and no power-of-two strides to suffer from; then it runs [`strip`] for each block of
 //! channels and row of pixels, on weights packed in the order of that walk.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::tile::{Walk, strip, widest};
 use super::{SLOTS, Shared, Slabs, aligned, pieces};
 use crate::device::simd::{self, Kernel, Lanes, Level, MAX_LANES};
 use crate::ops::activation::Epilogue;
+use crate::ops::statistics;
 use crate::tensor::{Real, Shape};
 
 /// Elements of a slab that are aimed at: with as many bytes of weights it fits a core's second-level cache.
@@ -60,6 +63,14 @@ pub(super) struct Bank {
     pub column: isize,
     pub input: usize,
     pub output: usize,
+}
+
+/// What becomes of the sums while they are in cache.
+pub(super) enum Then<'a, T> {
+    Nothing,
+    Epilogue(Epilogue<'a, T>),
+    /// Those of [`statistics`] are taken, for every block and channel.
+    Statistics(&'a mut [T]),
 }
 
 /// How a correlation is cut into tasks.
@@ -163,13 +174,37 @@ impl Correlation {
             + cut.tasks.min(SLOTS) * cut.slab
     }
 
-    /// Computes the correlation, and `epilogue` of its sums; there must be some.
+    /// Blocks of output pixels, each of which leaves sums of every channel.
+    pub fn blocks(&self) -> usize {
+        let this = self.flattened();
+        this.x.n * this.cut().blocks.iter().product::<usize>()
+    }
+
+    /// Pixels of a block.
+    pub fn pixels_of(&self, block: usize) -> usize {
+        let this = self.flattened();
+        let cut = this.cut();
+        let [rows, columns] = this.extent(&cut, block);
+        rows.len() * columns.len()
+    }
+
+    /// Rows and columns of output pixels of a block, which is numbered by image, row and column.
+    fn extent(&self, cut: &Cut, block: usize) -> [Range<usize>; 2] {
+        let [row_blocks, column_blocks] = cut.blocks;
+        let at = [block / column_blocks % row_blocks, block % column_blocks];
+        [0, 1].map(|axis| {
+            let first = at[axis] * cut.block[axis];
+            first..(first + cut.block[axis]).min(self.pixels[axis])
+        })
+    }
+
+    /// Computes the correlation, and `then` what follows; where there is nothing to compute, nothing may follow.
     pub fn run<T: Real>(
         &self,
         level: Level,
         x: &[T],
         w: &[T],
-        epilogue: Option<Epilogue<'_, T>>,
+        then: Then<'_, T>,
         y: &mut [T],
         scratch: &mut [T],
     ) {
@@ -186,6 +221,14 @@ impl Correlation {
         pack(&this, cut.depth, level, w, packed);
         let slabs = Slabs::new(slabs, cut.tasks.min(SLOTS), cut.slab);
         let (y, packed) = (Shared(y.as_mut_ptr()), &*packed);
+        let (epilogue, sums) = match then {
+            Then::Nothing => (None, None),
+            Then::Epilogue(epilogue) => (Some(epilogue), None),
+            Then::Statistics(sums) => {
+                assert!(sums.len() >= self.blocks() * statistics::len(self.channels));
+                (None, Some(Shared(sums.as_mut_ptr())))
+            }
+        };
         (0..cut.tasks).into_par_iter().for_each(|task| {
             slabs.lend(|slab| {
                 let (of, cut) = (&this, &cut);
@@ -199,6 +242,7 @@ impl Correlation {
                         packed,
                         epilogue,
                         y,
+                        sums,
                         slab,
                     },
                 );
@@ -283,6 +327,7 @@ struct Task<'a, T> {
     packed: &'a [T],
     epilogue: Option<Epilogue<'a, T>>,
     y: Shared<T>,
+    sums: Option<Shared<T>>,
     slab: &'a mut [T],
 }
 
@@ -291,14 +336,13 @@ impl<T: Real> Kernel<T> for Task<'_, T> {
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
         let (of, cut) = (self.of, self.cut);
-        let [row_blocks, column_blocks] = cut.blocks;
         // Neighbouring tasks share channels, hence weights.
-        let (rest, column) = (self.task / column_blocks, self.task % column_blocks);
-        let (rest, row) = (rest / row_blocks, rest % row_blocks);
-        let (channel, image) = (rest / of.x.n, rest % of.x.n);
-        let (row, column) = (row * cut.block[0], column * cut.block[1]);
-        let rows = cut.block[0].min(of.pixels[0] - row);
-        let columns = cut.block[1].min(of.pixels[1] - column);
+        let blocks = cut.blocks[0] * cut.blocks[1];
+        let (channel, block) = (self.task / (blocks * of.x.n), self.task % (blocks * of.x.n));
+        let image = block / blocks;
+        let [rows, columns] = of.extent(cut, block);
+        let (row, column) = (rows.start, columns.start);
+        let (rows, columns) = (rows.len(), columns.len());
         let channel = channel * cut.channels;
         let channel_end = (channel + cut.channels).min(of.channels);
 
@@ -362,6 +406,27 @@ impl<T: Real> Kernel<T> for Task<'_, T> {
                 }
             }
         }
+        if let Some(sums) = self.sums {
+            let written = statistics::Block {
+                rows,
+                columns,
+                row: of.y.row,
+                column: of.y.column,
+            };
+            let y =
+                of.y.start + image * of.y.image + row * of.y.row + column * of.y.column + channel;
+            let first = block * statistics::len(of.channels) + channel;
+            // SAFETY: this task has written the block; no other takes sums of its channels there.
+            unsafe {
+                statistics::take::<L>(
+                    written,
+                    self.y.at(y),
+                    channel_end - channel,
+                    sums.at(first),
+                    of.channels,
+                );
+            }
+        }
     }
 }
 
@@ -374,7 +439,7 @@ pub(super) fn fill_slab<T: Real>(
     shape: Shape,
     [top, left]: [isize; 2],
     extent: [usize; 2],
-    channels: std::ops::Range<usize>,
+    channels: Range<usize>,
 ) {
     let (depth, width) = (channels.len(), extent[1]);
     // Columns before, inside and behind the image.

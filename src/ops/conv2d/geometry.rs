@@ -1,10 +1,11 @@
 //! The extents of a convolution, and the convolution and its gradients on slices.
 
-use super::correlate::{Bank, Correlation, Placement};
+use super::correlate::{Bank, Correlation, Placement, Then};
 use super::weights;
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::ops::activation::Epilogue;
+use crate::ops::statistics;
 use crate::tensor::{Real, Shape};
 
 /// The extents of a convolution. Rows come before columns in every pair.
@@ -168,6 +169,12 @@ impl Geometry {
         self.forward().scratch()
     }
 
+    /// Elements of scratch that [`forward_with_statistics`] needs.
+    pub fn statistics_scratch(&self) -> usize {
+        let forward = self.forward();
+        forward.blocks() * statistics::len(self.w.n) + forward.scratch()
+    }
+
     /// Elements of scratch that [`input_gradient`] needs.
     pub fn input_gradient_scratch(&self) -> usize {
         self.phases()
@@ -208,7 +215,29 @@ pub(super) fn correlate<T: Real>(
     scratch: &mut [T],
 ) {
     check(geometry, x.len(), w.len(), y.len());
-    geometry.forward().run(level, x, w, epilogue, y, scratch);
+    let then = epilogue.map_or(Then::Nothing, Then::Epilogue);
+    geometry.forward().run(level, x, w, then, y, scratch);
+}
+
+/// As [`forward`], and the mean and biased variance of each channel of `y` over the batch.
+///
+/// # Panics
+/// If a slice does not have the length its shape demands.
+pub fn forward_with_statistics<T: Real>(
+    level: Level,
+    geometry: &Geometry,
+    x: &[T],
+    w: &[T],
+    y: &mut [T],
+    [mean, var]: [&mut [T]; 2],
+    scratch: &mut [T],
+) {
+    check(geometry, x.len(), w.len(), y.len());
+    let forward = geometry.forward();
+    let blocks = forward.blocks();
+    let (sums, scratch) = scratch.split_at_mut(blocks * statistics::len(geometry.w.n));
+    forward.run(level, x, w, Then::Statistics(sums), y, scratch);
+    statistics::finish(sums, blocks, |block| forward.pixels_of(block), mean, var);
 }
 
 /// `dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, o] · w[o, r, s, c]`.
@@ -225,7 +254,7 @@ pub fn input_gradient<T: Real>(
 ) {
     check(geometry, dx.len(), w.len(), dy.len());
     for phase in geometry.phases() {
-        phase.run(level, dy, w, None, dx, scratch);
+        phase.run(level, dy, w, Then::Nothing, dx, scratch);
     }
 }
 

@@ -13,12 +13,12 @@ mod geometry;
 mod tile;
 mod weights;
 
-pub use geometry::{Geometry, forward, input_gradient, weight_gradient};
+pub use geometry::{Geometry, forward, forward_with_statistics, input_gradient, weight_gradient};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::activation::{Activation, Epilogue};
-use super::{Kernel, Op};
+use super::{Kernel, Op, norm, statistics};
 use crate::device::cpu::Io;
 use crate::device::gpu::launch::Launches;
 use crate::device::simd::Level;
@@ -28,12 +28,19 @@ use crate::tape::Backward;
 use crate::tensor::{Real, Shape};
 
 /// `y = x ∗ w`, inputs `x` (`N×H×W×C`) and `w` (`out×kh×kw×C`); rows before columns in both parameters.
+///
+/// With `statistics`, the mean and the biased variance of each channel of `y` over the batch follow as outputs 1
+/// and 2 (per channel, in full precision, of `y` before it is rounded to what it is stored as), for
+/// [`Normalize::of_batch`](super::batch_norm::Normalize): they are taken while `y` is in cache, which saves
+/// batch normalisation a pass over it. They have no derivative of their own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conv2d {
     /// How far the kernel moves from one output pixel to the next.
     pub stride: [usize; 2],
     /// Zeros around the image, on either side.
     pub padding: [usize; 2],
+    /// Whether mean and variance are taken.
+    pub statistics: bool,
 }
 
 impl Conv2d {
@@ -42,6 +49,15 @@ impl Conv2d {
         Self {
             stride: [stride; 2],
             padding: [padding; 2],
+            statistics: false,
+        }
+    }
+
+    /// The same convolution with statistics.
+    pub const fn with_statistics(self) -> Self {
+        Self {
+            statistics: true,
+            ..self
         }
     }
 
@@ -65,14 +81,13 @@ impl<T: Real> Kernel<T> for Conv2d {
     fn run(&self, io: &mut Io<'_, T>) {
         let geometry = self.accepted(io.input_shape(0), io.input_shape(1));
         let (x, w) = (io.input(0), io.input(1));
-        forward(
-            Level::current(),
-            &geometry,
-            x,
-            w,
-            io.output(0),
-            io.scratch(),
-        );
+        let (level, y, scratch) = (Level::current(), io.output(0), io.scratch());
+        if self.statistics {
+            let statistics = [io.output(1), io.output(2)];
+            forward_with_statistics(level, &geometry, x, w, y, statistics, scratch);
+        } else {
+            forward(level, &geometry, x, w, y, scratch);
+        }
     }
 }
 
@@ -81,20 +96,37 @@ impl Op for Conv2d {
         "conv2d"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        Ok(vec![self.geometry(inputs[0], inputs[1])?.output()])
+        let y = self.geometry(inputs[0], inputs[1])?.output();
+        outputs(self.name(), y, self.statistics)
     }
-    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        self.accepted(inputs[0], inputs[1]).flops()
+    fn flops(&self, inputs: &[Shape], outputs: &[Shape]) -> u64 {
+        let statistics = if self.statistics {
+            statistics::FLOPS * outputs[0].len() as u64
+        } else {
+            0
+        };
+        self.accepted(inputs[0], inputs[1]).flops() + statistics
     }
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
-        self.accepted(inputs[0], inputs[1]).forward_scratch()
+        let geometry = self.accepted(inputs[0], inputs[1]);
+        if self.statistics {
+            geometry.statistics_scratch()
+        } else {
+            geometry.forward_scratch()
+        }
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        if self.statistics {
+            return Err(Error::NoKernel { op: self.name() });
+        }
         let geometry = self.geometry(at.input_shape(0), at.input_shape(1))?;
         let pointers = [at.input(0), at.input(1), at.output(0)];
         device::forward(at, &geometry, pointers)
     }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        if self.statistics {
+            norm::differentiable(self.name(), at)?;
+        }
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
@@ -252,6 +284,16 @@ impl Op for Conv2dWeightGradient {
     }
 }
 
+/// The outputs of a convolution that gives `y`.
+pub(super) fn outputs(op: &'static str, y: Shape, statistics: bool) -> Result<Vec<Shape>> {
+    if !statistics {
+        return Ok(vec![y]);
+    }
+    norm::enough(op, y)?;
+    let vector = Shape::per_channel(y.c);
+    Ok(vec![y, vector, vector])
+}
+
 /// Refuses inputs that do not have the extents that the convolution gives them.
 pub(super) fn expect<const N: usize>(
     op: &'static str,
@@ -282,8 +324,19 @@ pub(super) fn conv2d_case(s: &mut Sampler) -> Case {
     let op = Conv2d {
         stride: [sh, sw],
         padding: [ph, pw],
+        statistics: false,
     };
     case(s, op, Shape::new(n, h, w, c), Shape::new(out, kh, kw, c))
+}
+
+/// A convolution with statistics and the batch normalisation that takes them.
+pub(super) fn conv2d_norm_case(s: &mut Sampler) -> Case {
+    let (kernel, stride) = (2 * s.size(0, 1) + 1, s.size(1, 2));
+    let op = Conv2d::new(stride, kernel / 2).with_statistics();
+    // Two images make two values at least.
+    let (n, c, out) = (s.size(2, 3), s.size(1, 4), s.extent(1, 4));
+    let x = Shape::new(n, s.extent(1, 6), s.extent(1, 6), c);
+    norm::case_of_batch(s, op, x, Shape::new(out, kernel, kernel, c))
 }
 
 pub(super) fn linear_case(s: &mut Sampler) -> Case {

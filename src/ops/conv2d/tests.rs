@@ -101,6 +101,25 @@ fn reference(g: &Geometry) -> [Reference; 3] {
     results
 }
 
+/// Output, mean and variance.
+fn with_statistics<T: Real>(level: Level, g: &Geometry) -> [Vec<T>; 3] {
+    let (x, w) = (values::<T>(g.x, 1), values::<T>(g.w, 2));
+    let fresh = |len: usize| vec![T::nan(); len];
+    let [mut y, mut mean, mut var] = [g.output().len(), g.w.n, g.w.n].map(fresh);
+    let statistics = [&mut mean[..], &mut var[..]];
+    let mut scratch = fresh(g.statistics_scratch());
+    forward_with_statistics(
+        level,
+        g,
+        x.data(),
+        w.data(),
+        &mut y,
+        statistics,
+        &mut scratch,
+    );
+    [y, mean, var]
+}
+
 fn ours<T: Real>(level: Level, g: &Geometry) -> [Vec<T>; 3] {
     let (x, w, dy) = (
         values::<T>(g.x, 1),
@@ -116,6 +135,9 @@ fn ours<T: Real>(level: Level, g: &Geometry) -> [Vec<T>; 3] {
     );
     let mut scratch = fresh(g.forward_scratch());
     forward(level, g, x.data(), w.data(), &mut y, &mut scratch);
+    let [same, mean, var] = with_statistics(level, g);
+    assert!(same == y, "{g:?}: statistics change the output");
+    statistics::tests::check(&y, [&mean, &var]).unwrap_or_else(|e| panic!("{g:?}: {e}"));
     let mut scratch = fresh(g.input_gradient_scratch());
     input_gradient(level, g, w.data(), dy.data(), &mut dx, &mut scratch);
     let mut scratch = fresh(g.weight_gradient_scratch());
@@ -304,7 +326,8 @@ fn bits_do_not_depend_on_threads() {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            pool.install(|| ours::<f32>(Level::current(), &g))
+            let level = Level::current();
+            pool.install(|| (ours::<f32>(level, &g), with_statistics::<f32>(level, &g)))
         };
         let one = on(1);
         for threads in [2, 3] {
