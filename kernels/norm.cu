@@ -1,0 +1,643 @@
+// Normalisation y = a(γ·x̂ + β), x̂ = (x − μ)/√(σ² + ε), with statistics of the batch, of groups of channels
+// of an image, or given; layer normalisation is at the end. See src/ops/norm.rs for the mathematics.
+//
+// A tensor is a row-major matrix of C columns for each segment (the whole batch, or one image). It is walked
+// in tiles: a block has `across` vectors of 16 bytes side by side and kThreads / across rows of them, and goes
+// down in steps of as many rows, so that a thread keeps its columns, and what belongs to them stays in
+// registers. Rows that do not consist of whole vectors are taken several at a time, as one row (a period) that
+// does. Where C is odd and too large for that, elements are moved one by one.
+//
+//     launch                  bytes an element, f32 / bf16
+//     norm_statistics         4 / 2      mean and squared deviations of pieces
+//     normalize               8 / 4      the elementwise pass, with any statistics
+//     norm_gradient_sums      8 / 4      Σg and Σg·(x − μ) of pieces
+//     norm_gradient           12 / 6
+//
+// and between them one launch that adds the pieces up in f64, in an order that depends on sizes alone.
+// Statistics follow Chan, Golub & LeVeque (1983): four values of a column at a time have mean and squared
+// deviations of their own, which are merged with those before; so are threads, and pieces. Nothing is ever the
+// difference of large sums.
+#include "device.cuh"
+
+constexpr int kThreads = 256;
+// Threads that add up the pieces of a group.
+constexpr int kFinishThreads = 128;
+// Vectors that a thread has under way: in the elementwise passes all that it moves.
+constexpr int kVectors = 4;
+constexpr int kGradientVectors = 2;
+
+// Elements of a vector.
+template <class T>
+constexpr int kWidth = 16 / sizeof(T);
+
+// The sizes of all tiles of a launch.
+struct Walk {
+    size_t len;         // elements of a segment
+    unsigned channels;  // C
+    unsigned period;    // elements of a row as it is walked: C, or several rows of C
+    unsigned across;    // vectors of a block along a period
+    unsigned strips;    // blocks along a period; 1 where that is several rows
+    unsigned pieces;    // blocks down a segment
+    unsigned steps;     // steps of a block
+
+    // Rows of a block at a step.
+    __device__ __forceinline__ unsigned down() const { return kThreads / across; }
+};
+
+// What a thread does: the vectors of n elements at at, at + stride, ... below end, `count` of whose columns
+// exist. Grid: segments * pieces * strips blocks of kThreads.
+template <int n>
+struct Tile {
+    size_t at, end, stride;
+    unsigned segment, piece, strip, row;
+    unsigned column;
+    int count;
+
+    __device__ __forceinline__ explicit Tile(const Walk& walk) {
+        strip = blockIdx.x % walk.strips;
+        const unsigned block = blockIdx.x / walk.strips;
+        piece = block % walk.pieces;
+        segment = block / walk.pieces;
+        row = threadIdx.x / walk.across;
+        column = (strip * walk.across + threadIdx.x % walk.across) * n;
+        const unsigned left = column < walk.period ? walk.period - column : 0;
+        count = row < walk.down() ? static_cast<int>(left < n ? left : n) : 0;
+        stride = static_cast<size_t>(walk.down()) * walk.period;
+        const size_t base = segment * walk.len, begin = piece * (walk.steps * stride);
+        const size_t last = begin + walk.steps * stride;
+        at = base + begin + static_cast<size_t>(row) * walk.period + column;
+        end = base + (last < walk.len ? last : walk.len);
+    }
+
+    // Whether all but the last of them are whole vectors at aligned addresses.
+    __device__ __forceinline__ bool is_whole(const void* x, const void* y) const {
+        return count == n && at % n == 0 && stride % n == 0 && is_aligned<16>(x) && is_aligned<16>(y);
+    }
+    // How many elements of the vector at `from` exist.
+    __device__ __forceinline__ int width(size_t from) const {
+        return end - from < static_cast<size_t>(count) ? static_cast<int>(end - from) : count;
+    }
+};
+
+// ---- Reduction of a block ----
+
+// K numbers for each of a block's columns, those of a thread one after another and padded, so that
+// neighbouring threads are in different banks.
+template <int n, int K>
+using Slots = float[K][kThreads * (n + 1)];
+
+template <int n>
+__device__ __forceinline__ unsigned slot(unsigned column) {
+    return column + column / n;
+}
+
+// Merges what belongs to the same column, by a tree, and calls write(channel, numbers) for each.
+template <int n, int K, class Merge, class Write>
+__device__ __forceinline__ void fold(Slots<n, K>& slots, const Walk& walk, unsigned strip, Merge merge,
+                                     Write write) {
+    const unsigned all = walk.down() * walk.across * n;
+    const unsigned width = walk.period > walk.channels ? walk.channels : walk.across * n;
+    __syncthreads();
+    for (unsigned rows = all / width; rows > 1;) {
+        const unsigned half = (rows + 1) / 2;
+        for (unsigned i = threadIdx.x; i < (rows - half) * width; i += kThreads) {
+            float a[K], b[K];
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                a[k] = slots[k][slot<n>(i)];
+                b[k] = slots[k][slot<n>(i + half * width)];
+            }
+            merge(a, b);
+#pragma unroll
+            for (int k = 0; k < K; ++k) slots[k][slot<n>(i)] = a[k];
+        }
+        __syncthreads();
+        rows = half;
+    }
+    for (unsigned i = threadIdx.x; i < width; i += kThreads) {
+        const unsigned channel = strip * walk.across * n + i;
+        if (channel >= walk.channels) continue;
+        float a[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) a[k] = slots[k][slot<n>(i)];
+        write(channel, a);
+    }
+}
+
+// Where the pair of a channel of a piece is: partials[segment][piece][channel].
+template <class Pointer>
+__device__ __forceinline__ Pointer partial(Pointer partials, unsigned segment, unsigned pieces, unsigned piece,
+                                           unsigned channels, unsigned channel) {
+    return partials + 2 * ((static_cast<size_t>(segment) * pieces + piece) * channels + channel);
+}
+
+__device__ __forceinline__ void store_pair(float* to, float a, float b) {
+    *reinterpret_cast<Vector<float, 2>*>(to) = {{a, b}};
+}
+
+// ---- Statistics ----
+
+// One more value of a column: weight is 1 / (values so far, with it).
+__device__ __forceinline__ void include(float& mean, float& squares, float x, float weight) {
+    const float before = x - mean;
+    mean = fmaf(before, weight, mean);
+    squares = fmaf(before, x - mean, squares);
+}
+
+template <class T>
+__device__ __forceinline__ void statistics(const T* x, float* partials, const Walk& walk) {
+    constexpr int n = kWidth<T>;
+    SHARED(float, slots, 3, kThreads * (n + 1));
+    const Tile<n> tile(walk);
+    float mean[n] = {}, squares[n] = {};
+    float seen = 0.0f;  // values of each column
+    int more = 0;       // columns of the last step, if that was no whole vector
+    const bool whole = tile.is_whole(x, x);
+    size_t at = tile.at;
+    if (whole) {
+        const size_t stride = tile.stride;
+        for (; at + 3 * stride + n <= tile.end; at += 4 * stride) {
+            const Loaded<T, n> v[4] = {Loaded<T, n>(x + at), Loaded<T, n>(x + at + stride),
+                                       Loaded<T, n>(x + at + 2 * stride), Loaded<T, n>(x + at + 3 * stride)};
+            const float weight = __fdividef(4.0f, seen + 4.0f), product = seen * weight;
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                const float centre = 0.25f * ((v[0][i] + v[1][i]) + (v[2][i] + v[3][i]));
+                float own = 0.0f;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) own = fmaf(v[k][i] - centre, v[k][i] - centre, own);
+                const float apart = centre - mean[i];
+                mean[i] = fmaf(apart, weight, mean[i]);
+                squares[i] += fmaf(apart * apart, product, own);
+            }
+            seen += 4.0f;
+        }
+    }
+    if (tile.count > 0) {
+#pragma unroll 1
+        for (; at < tile.end; at += tile.stride) {
+            const float weight = __fdividef(1.0f, seen + 1.0f);
+            const int width = tile.width(at);
+            if (whole && width == n) {
+                const Loaded<T, n> v(x + at);
+#pragma unroll
+                for (int i = 0; i < n; ++i) include(mean[i], squares[i], v[i], weight);
+            } else {
+#pragma unroll
+                for (int i = 0; i < n; ++i) {
+                    if (i < width) include(mean[i], squares[i], to_float(x[at + i]), weight);
+                }
+            }
+            if (width == tile.count) {
+                seen += 1.0f;
+            } else {
+                more = width;
+            }
+        }
+    }
+    if (tile.row < walk.down()) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const unsigned to = threadIdx.x * (n + 1) + i;
+            slots[0][to] = i < tile.count ? seen + (i < more ? 1.0f : 0.0f) : 0.0f;
+            slots[1][to] = mean[i];
+            slots[2][to] = squares[i];
+        }
+    }
+    fold<n, 3>(
+        slots, walk, tile.strip,
+        [](float (&a)[3], const float (&b)[3]) {
+            const float count = a[0] + b[0], apart = b[1] - a[1];
+            const float weight = count > 0.0f ? __fdividef(b[0], count) : 0.0f;
+            a[1] = fmaf(apart, weight, a[1]);
+            a[2] += fmaf(apart * apart, a[0] * weight, b[2]);
+            a[0] = count;
+        },
+        [&](unsigned channel, const float (&a)[3]) {
+            store_pair(partial(partials, tile.segment, walk.pieces, tile.piece, walk.channels, channel), a[1],
+                       a[2]);
+        });
+}
+
+#define FOR_EACH_TYPE(kernel) kernel(float, f32) kernel(bf16, bf16)
+
+#define WALK_PARAMETERS                                                                          \
+    size_t len, unsigned channels, unsigned period, unsigned across, unsigned strips,            \
+        unsigned pieces, unsigned steps
+#define WALK Walk{len, channels, period, across, strips, pieces, steps}
+
+// partials[segment][piece][channel] = mean and Σ (x − mean)² of a channel's values in a piece.
+// Grid as for `Tile`; any alignment of x, 8 bytes of partials.
+#define STATISTICS(T, suffix)                                                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                    \
+        norm_statistics_##suffix(const T* x, float* partials, WALK_PARAMETERS) {                 \
+        statistics(x, partials, WALK);                                                           \
+    }
+FOR_EACH_TYPE(STATISTICS)
+
+// mean[segment][group] and var[segment][group] of `width` channels each, from their pieces of rows_of_piece
+// rows, the last of which has fewer. Grid: segments * channels / width blocks of kFinishThreads.
+extern "C" __global__ void __launch_bounds__(kFinishThreads)
+norm_statistics_finish(const float* partials, float* mean, float* var, size_t rows, size_t rows_of_piece,
+                       unsigned channels, unsigned width, unsigned pieces) {
+    SHARED(double, scratch, 2, kFinishThreads / 32);
+    const unsigned groups = channels / width, group = blockIdx.x % groups, segment = blockIdx.x / groups;
+    auto each = [&](auto f) {
+        double sum = 0.0;
+#pragma unroll 4
+        for (unsigned i = threadIdx.x; i < pieces * width; i += kFinishThreads) {
+            const unsigned piece = i / width, channel = group * width + i % width;
+            const size_t left = rows - piece * rows_of_piece;
+            const float* from = partial(partials, segment, pieces, piece, channels, channel);
+            sum += f(static_cast<double>(left < rows_of_piece ? left : rows_of_piece), from);
+        }
+        return sum;
+    };
+    const double count = static_cast<double>(rows) * width;
+    const double sum = each([](double n, const float* of) { return n * of[0]; });
+    const double centre = block_reduce<kFinishThreads>(sum, scratch[0], Sum{}) / count;
+    const double deviations = each([centre](double n, const float* of) {
+        const double apart = of[0] - centre;
+        return of[1] + n * apart * apart;
+    });
+    const double squares = block_reduce<kFinishThreads>(deviations, scratch[1], Sum{});
+    if (threadIdx.x == 0) {
+        mean[blockIdx.x] = static_cast<float>(centre);
+        var[blockIdx.x] = static_cast<float>(squares / count);
+    }
+}
+
+// running = keep * running + weight * new, for both statistics of a channel.
+// Grid: ceil(channels / kThreads) blocks of kThreads.
+extern "C" __global__ void __launch_bounds__(kThreads)
+running_statistics(const float* mean, const float* var, float* running_mean, float* running_var,
+                   unsigned channels, float keep, float mean_weight, float var_weight) {
+    const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+    if (i >= channels) return;
+    running_mean[i] = fmaf(keep, running_mean[i], mean_weight * mean[i]);
+    running_var[i] = fmaf(keep, running_var[i], var_weight * var[i]);
+}
+
+// ---- The activation ----
+
+// σ(u) of relative accuracy 2⁻²⁰ down to −88, 0 below; NaN for NaN.
+__device__ __forceinline__ float logistic(float u) {
+    return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * u));
+}
+
+// a(u) and dy·a′(u).
+struct Identity {
+    static __device__ __forceinline__ float apply(float u) { return u; }
+    static __device__ __forceinline__ float gradient(float, float dy) { return dy; }
+};
+struct Relu {
+    static __device__ __forceinline__ float apply(float u) { return u < 0.0f ? 0.0f : u; }
+    static __device__ __forceinline__ float gradient(float u, float dy) { return u > 0.0f ? dy : 0.0f; }
+};
+struct Silu {
+    static __device__ __forceinline__ float apply(float u) { return u * logistic(u); }
+    static __device__ __forceinline__ float gradient(float u, float dy) {
+        const float s = logistic(u);
+        return dy * (s * fmaf(u, 1.0f - s, 1.0f));
+    }
+};
+
+// Calls f with the activation of that number in src/ops/norm/device.rs.
+template <class F>
+__device__ __forceinline__ void with_activation(int activation, F f) {
+    if (activation == 0) {
+        f(Identity{});
+    } else if (activation == 1) {
+        f(Relu{});
+    } else {
+        f(Silu{});
+    }
+}
+
+// ---- What belongs to the columns of a thread ----
+
+// The arguments of u = (x − μ)·γ/√(σ² + ε) + β: mean and var per segment and group of `width` channels.
+struct Affine {
+    const float *mean, *var, *gamma, *beta;
+    float eps;
+    unsigned width;
+};
+
+// Calls set(i, at, channel) for each of n columns, `at` being where the group of its channel is.
+template <int n, class F>
+__device__ __forceinline__ void each_column(const Tile<n>& tile, unsigned channels, unsigned width, F set) {
+    const unsigned groups = channels / width;
+    unsigned channel = tile.column % channels;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        set(i, tile.segment * groups + channel / width, channel);
+        if (++channel == channels) channel = 0;
+    }
+}
+
+template <int n>
+struct Columns {
+    float mean[n], scale[n], shift[n];
+
+    __device__ __forceinline__ Columns(const Affine& of, const Tile<n>& tile, unsigned channels) {
+        if (of.width == 1 && channels % n == 0 && is_aligned<16>(of.mean) && is_aligned<16>(of.var) &&
+            is_aligned<16>(of.gamma) && is_aligned<16>(of.beta)) {
+            const size_t at = static_cast<size_t>(tile.segment) * channels + tile.column;
+            const Loaded<float, n> m(of.mean + at), v(of.var + at);
+            const Loaded<float, n> gamma(of.gamma + tile.column), beta(of.beta + tile.column);
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                mean[i] = m[i];
+                scale[i] = gamma[i] * rsqrtf(v[i] + of.eps);
+                shift[i] = beta[i];
+            }
+        } else {
+            each_column(tile, channels, of.width, [&](int i, unsigned at, unsigned channel) {
+                mean[i] = of.mean[at];
+                scale[i] = of.gamma[channel] * rsqrtf(of.var[at] + of.eps);
+                shift[i] = of.beta[channel];
+            });
+        }
+    }
+};
+
+// ---- y = a(u) ----
+
+template <class T, class Activation>
+__device__ __forceinline__ void normalize(const T* x, T* y, const Affine& affine, const Walk& walk,
+                                          Activation activation) {
+    constexpr int n = kWidth<T>;
+    const Tile<n> tile(walk);
+    if (tile.count == 0 || tile.at >= tile.end) return;
+    const size_t at = tile.at, stride = tile.stride;
+    const bool whole = tile.is_whole(x, y);
+    auto result = [&](const Columns<n>& of, float value, int i) {
+        return activation.apply(fmaf(value - of.mean[i], of.scale[i], of.shift[i]));
+    };
+    auto store = [&](const Columns<n>& of, const Loaded<T, n>& loaded, size_t to) {
+        float v[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) v[i] = result(of, loaded[i], i);
+        store_vector(y + to, v);
+    };
+    if (whole && at + (kVectors - 1) * stride + n <= tile.end) {
+        static_assert(kVectors == 4, "as many as are written out here");
+        const Loaded<T, n> v[4] = {Loaded<T, n>(x + at), Loaded<T, n>(x + at + stride),
+                                   Loaded<T, n>(x + at + 2 * stride), Loaded<T, n>(x + at + 3 * stride)};
+        const Columns<n> of(affine, tile, walk.channels);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) store(of, v[k], at + k * stride);
+        return;
+    }
+    const Columns<n> of(affine, tile, walk.channels);
+#pragma unroll 1
+    for (size_t to = at; to < tile.end; to += stride) {
+        const int width = tile.width(to);
+        if (whole && width == n) {
+            store(of, Loaded<T, n>(x + to), to);
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (i < width) y[to + i] = from_float<T>(result(of, to_float(x[to + i]), i));
+        }
+    }
+}
+
+#define AFFINE_PARAMETERS                                                                        \
+    const float *mean, const float *var, const float *gamma, const float *beta, float eps,       \
+        unsigned width, int activation
+#define AFFINE Affine{mean, var, gamma, beta, eps, width}
+
+// y = a(γ·(x − mean)/√(var + eps) + β); y may be x. Grid as for `Tile` with kVectors steps; any alignment.
+#define NORMALIZE(T, suffix)                                                                     \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        normalize_##suffix(const T* x, T* y, AFFINE_PARAMETERS, WALK_PARAMETERS) {               \
+        with_activation(activation, [&](auto a) { normalize(x, y, AFFINE, WALK, a); });          \
+    }
+FOR_EACH_TYPE(NORMALIZE)
+
+// ---- Gradients ----
+
+template <class T, class D, class Activation>
+__device__ __forceinline__ void gradient_sums(const T* x, const D* dy, const Affine& affine, const Walk& walk,
+                                              const Tile<kWidth<T>>& tile, float (&of_g)[kWidth<T>],
+                                              float (&of_gx)[kWidth<T>], Activation activation) {
+    constexpr int n = kWidth<T>;
+    size_t at = tile.at;
+    const size_t stride = tile.stride;
+    if (tile.count == 0 || at >= tile.end) return;
+    const Columns<n> of(affine, tile, walk.channels);
+    const bool whole = tile.is_whole(x, dy);
+    auto include = [&](float value, float slope, int i) {
+        const float d = value - of.mean[i];
+        const float g = activation.gradient(fmaf(d, of.scale[i], of.shift[i]), slope);
+        of_g[i] += g;
+        of_gx[i] = fmaf(g, d, of_gx[i]);
+    };
+    if (whole) {
+        static_assert(kGradientVectors == 2, "as many as are written out here");
+        for (; at + stride + n <= tile.end; at += 2 * stride) {
+            const Loaded<T, n> v[2] = {Loaded<T, n>(x + at), Loaded<T, n>(x + at + stride)};
+            const Loaded<D, n> w[2] = {Loaded<D, n>(dy + at), Loaded<D, n>(dy + at + stride)};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+#pragma unroll
+                for (int i = 0; i < n; ++i) include(v[k][i], w[k][i], i);
+            }
+        }
+    }
+#pragma unroll 1
+    for (; at < tile.end; at += stride) {
+        const int width = tile.width(at);
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (i < width) include(to_float(x[at + i]), to_float(dy[at + i]), i);
+        }
+    }
+}
+
+// partials[segment][piece][channel] = Σg and Σg·(x − mean) of a piece, g = dy·a′(u); dy_narrow: dy is bf16.
+// Grid as for `Tile`; any alignment of x and dy, 8 bytes of partials.
+template <class T>
+__device__ __forceinline__ void partial_gradient_sums(const T* x, const void* dy, int dy_narrow, float* partials,
+                                                      const Affine& affine, int activation, const Walk& walk) {
+    constexpr int n = kWidth<T>;
+    SHARED(float, slots, 2, kThreads * (n + 1));
+    const Tile<n> tile(walk);
+    float of_g[n] = {}, of_gx[n] = {};
+    with_activation(activation, [&](auto a) {
+        if (dy_narrow != 0) {
+            gradient_sums(x, static_cast<const bf16*>(dy), affine, walk, tile, of_g, of_gx, a);
+        } else {
+            gradient_sums(x, static_cast<const float*>(dy), affine, walk, tile, of_g, of_gx, a);
+        }
+    });
+    if (tile.row < walk.down()) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            slots[0][threadIdx.x * (n + 1) + i] = of_g[i];
+            slots[1][threadIdx.x * (n + 1) + i] = of_gx[i];
+        }
+    }
+    fold<n, 2>(
+        slots, walk, tile.strip,
+        [](float (&a)[2], const float (&b)[2]) {
+            a[0] += b[0];
+            a[1] += b[1];
+        },
+        [&](unsigned channel, const float (&a)[2]) {
+            store_pair(partial(partials, tile.segment, walk.pieces, tile.piece, walk.channels, channel), a[0],
+                       a[1]);
+        });
+}
+#define GRADIENT_SUMS(T, suffix)                                                                 \
+    extern "C" __global__ void __launch_bounds__(kThreads, 3)                                    \
+        norm_gradient_sums_##suffix(const T* x, const void* dy, int dy_narrow, float* partials,  \
+                                    AFFINE_PARAMETERS, WALK_PARAMETERS) {                        \
+        partial_gradient_sums(x, dy, dy_narrow, partials, AFFINE, activation, WALK);             \
+    }
+FOR_EACH_TYPE(GRADIENT_SUMS)
+
+// The first `channels` blocks: dgamma and dbeta of a channel. The others, one for each segment and group:
+// coefficients[segment][group] = mean(γ·g)/√(σ² + ε) and mean(γ·g·(x − μ))/√(σ² + ε)³ over the group's `count`
+// elements, which dx needs. Where a group is one channel of one segment, a channel's block writes them too;
+// where statistics are constants, coefficients is null. Blocks of kFinishThreads.
+extern "C" __global__ void __launch_bounds__(kFinishThreads)
+norm_gradient_finish(const float* partials, const float* mean, const float* var, const float* gamma, float eps,
+                     float* dgamma, float* dbeta, float* coefficients, size_t count, unsigned channels,
+                     unsigned width, unsigned segments, unsigned pieces) {
+    SHARED(double, scratch, 2, kFinishThreads / 32);
+    const unsigned groups = channels / width;
+    auto scale = [&](unsigned segment, unsigned group) {
+        return 1.0 / sqrt(static_cast<double>(var[segment * groups + group]) + eps);
+    };
+    double of_g = 0.0, of_gx = 0.0;
+    if (blockIdx.x < channels) {
+        const unsigned channel = blockIdx.x;
+#pragma unroll 4
+        for (unsigned i = threadIdx.x; i < segments * pieces; i += kFinishThreads) {
+            const float* from = partial(partials, i / pieces, pieces, i % pieces, channels, channel);
+            of_g += from[0];
+            of_gx += from[1] * scale(i / pieces, channel / width);
+        }
+        of_g = block_reduce<kFinishThreads>(of_g, scratch[0], Sum{});
+        of_gx = block_reduce<kFinishThreads>(of_gx, scratch[1], Sum{});
+        if (threadIdx.x == 0) {
+            dbeta[channel] = static_cast<float>(of_g);
+            dgamma[channel] = static_cast<float>(of_gx);
+            if (coefficients != nullptr && segments * width == 1) {
+                const double rstd = scale(0, channel), factor = rstd * gamma[channel] / count;
+                store_pair(coefficients + 2 * static_cast<size_t>(channel), static_cast<float>(factor * of_g),
+                           static_cast<float>(factor * rstd * of_gx));
+            }
+        }
+    } else {
+        const unsigned block = blockIdx.x - channels, segment = block / groups, group = block % groups;
+#pragma unroll 4
+        for (unsigned i = threadIdx.x; i < pieces * width; i += kFinishThreads) {
+            const unsigned channel = group * width + i % width;
+            const float* from = partial(partials, segment, pieces, i / width, channels, channel);
+            of_g += static_cast<double>(gamma[channel]) * from[0];
+            of_gx += static_cast<double>(gamma[channel]) * from[1];
+        }
+        of_g = block_reduce<kFinishThreads>(of_g, scratch[0], Sum{});
+        of_gx = block_reduce<kFinishThreads>(of_gx, scratch[1], Sum{});
+        if (threadIdx.x == 0) {
+            const double rstd = scale(segment, group), factor = rstd / count;
+            store_pair(coefficients + 2 * static_cast<size_t>(block), static_cast<float>(factor * of_g),
+                       static_cast<float>(factor * rstd * rstd * of_gx));
+        }
+    }
+}
+
+// The coefficients of a thread's columns.
+template <int n>
+struct Means {
+    float of_g[n], of_gx[n];
+
+    __device__ __forceinline__ Means(const float* coefficients, const Affine& affine, const Tile<n>& tile,
+                                     unsigned channels) {
+        if (affine.width == 1 && channels % n == 0 && is_aligned<16>(coefficients)) {
+            const size_t at = static_cast<size_t>(tile.segment) * channels + tile.column;
+            const Loaded<float, 2 * n> pairs(coefficients + 2 * at);
+#pragma unroll
+            for (int i = 0; i < n; ++i) {
+                of_g[i] = pairs[2 * i];
+                of_gx[i] = pairs[2 * i + 1];
+            }
+        } else {
+            each_column(tile, channels, affine.width, [&](int i, unsigned at, unsigned) {
+                of_g[i] = coefficients[2 * static_cast<size_t>(at)];
+                of_gx[i] = coefficients[2 * static_cast<size_t>(at) + 1];
+            });
+        }
+    }
+    // Of constant statistics.
+    __device__ __forceinline__ Means() {
+#pragma unroll
+        for (int i = 0; i < n; ++i) of_g[i] = of_gx[i] = 0.0f;
+    }
+};
+
+template <class T, class D, class Activation>
+__device__ __forceinline__ void gradient(const T* x, const D* dy, const float* coefficients, T* dx,
+                                         const Affine& affine, const Walk& walk, Activation activation) {
+    constexpr int n = kWidth<T>;
+    const Tile<n> tile(walk);
+    if (tile.count == 0 || tile.at >= tile.end) return;
+    const size_t at = tile.at, stride = tile.stride;
+    const bool whole = tile.is_whole(x, dy) && is_aligned<16>(dx);
+    const Columns<n> of(affine, tile, walk.channels);
+    const Means<n> means = coefficients == nullptr ? Means<n>()
+                                                   : Means<n>(coefficients, affine, tile, walk.channels);
+    auto result = [&](float value, float slope, int i) {
+        const float d = value - of.mean[i];
+        const float g = activation.gradient(fmaf(d, of.scale[i], of.shift[i]), slope);
+        return fmaf(g, of.scale[i], -fmaf(d, means.of_gx[i], means.of_g[i]));
+    };
+    auto store = [&](const Loaded<T, n>& v, const Loaded<D, n>& w, size_t to) {
+        float r[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) r[i] = result(v[i], w[i], i);
+        store_vector(dx + to, r);
+    };
+    size_t to = at;
+    if (whole) {
+        for (; to + stride + n <= tile.end; to += 2 * stride) {
+            const Loaded<T, n> v[2] = {Loaded<T, n>(x + to), Loaded<T, n>(x + to + stride)};
+            const Loaded<D, n> w[2] = {Loaded<D, n>(dy + to), Loaded<D, n>(dy + to + stride)};
+            store(v[0], w[0], to);
+            store(v[1], w[1], to + stride);
+        }
+    }
+#pragma unroll 1
+    for (; to < tile.end; to += stride) {
+        const int width = tile.width(to);
+        if (whole && width == n) {
+            store(Loaded<T, n>(x + to), Loaded<D, n>(dy + to), to);
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (i < width) dx[to + i] = from_float<T>(result(to_float(x[to + i]), to_float(dy[to + i]), i));
+        }
+    }
+}
+
+// dx = γ·g/√(σ² + ε) − (x − μ)·coefficients[1] − coefficients[0], without those two where they are null; dx may
+// be dy if they are stored alike. Grid as for `Tile`; any alignment.
+#define GRADIENT(T, suffix)                                                                      \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)                                    \
+        norm_gradient_##suffix(const T* x, const void* dy, int dy_narrow,                        \
+                               const float* coefficients, T* dx, AFFINE_PARAMETERS,              \
+                               WALK_PARAMETERS) {                                                \
+        with_activation(activation, [&](auto a) {                                                \
+            if (dy_narrow != 0) {                                                                \
+                gradient(x, static_cast<const bf16*>(dy), coefficients, dx, AFFINE, WALK, a);    \
+            } else {                                                                             \
+                gradient(x, static_cast<const float*>(dy), coefficients, dx, AFFINE, WALK, a);   \
+            }                                                                                    \
+        });                                                                                      \
+    }
+FOR_EACH_TYPE(GRADIENT)
