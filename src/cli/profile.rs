@@ -9,7 +9,7 @@ use super::SIZE_RANGE;
 use crate::device::gpu::{Description, Gpu};
 use crate::error::{Error, Result};
 use crate::ops::{examples, registry};
-use crate::profile::{self, Profile, Roof, Row, Settings};
+use crate::profile::{self, Profile, Roof, Row, Settings, Sheet};
 use crate::tape::Tape;
 use crate::tensor::Shape;
 use crate::train::Config;
@@ -21,7 +21,8 @@ use crate::train::step::TrainingStep;
 /// Bytes are compulsory traffic, arithmetic counts a fused multiply-add twice. The roofline is what this machine does at
 /// best, measured first: the bandwidth of a large copy and the rate of multiply-adds on registers. On a GPU each kernel
 /// is timed between two events with empty caches, on the processor each step by the clock; times are medians. On the
-/// emulator nothing is timed: kernels, grids, bytes and arithmetic are listed.
+/// emulator nothing is timed: kernels, grids, bytes and arithmetic are listed. With --predict nothing runs: each step gets
+/// the time of its bytes or arithmetic, whichever is longer, by the data sheet of a GPU, at least 2 µs.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     #[command(flatten)]
@@ -36,6 +37,9 @@ pub struct Args {
     /// Storage of activations; bf16 needs a GPU or the emulator
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
+    /// Predict instead of measuring: times by this GPU's data sheet, which real kernels do not reach
+    #[arg(long, value_name = "GPU", conflicts_with_all = ["device", "iters", "trace"])]
+    predict: Option<Sheet>,
     /// Replays that are timed
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     iters: u32,
@@ -114,7 +118,11 @@ struct Listed {
 
 #[derive(Serialize)]
 struct Document<'a> {
-    device: Device,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<Device>,
+    /// The GPU for which times were predicted, none were measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted: Option<Sheet>,
     /// Of a GPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<Description>,
@@ -150,7 +158,7 @@ impl Args {
         }
         let narrow = self.dtype == Dtype::Bf16;
         let gpu = self.device.open()?;
-        if narrow && !gpu.as_ref().is_some_and(Gpu::has_bf16) {
+        if narrow && self.predict.is_none() && !gpu.as_ref().is_some_and(Gpu::has_bf16) {
             let problem = "bf16 needs --device emulator, or a GPU of compute capability 8.0";
             return Err(Error::argument("--dtype", problem).into());
         }
@@ -159,14 +167,18 @@ impl Args {
             return Err(Error::argument("--trace", problem).into());
         }
         let tapes = self.tapes()?;
-        let roof = match (&gpu, self.device) {
-            (Some(gpu), Device::Cuda) => Some(Roof::of_gpu(gpu, narrow)?),
-            (Some(_), _) => None,
-            (None, _) => Some(Roof::of_cpu()),
+        let roof = match (self.predict, &gpu, self.device) {
+            (Some(sheet), ..) => Some(Roof::of_sheet(sheet, narrow)),
+            (_, Some(gpu), Device::Cuda) => Some(Roof::of_gpu(gpu, narrow)?),
+            (_, Some(_), _) => None,
+            (_, None, _) => Some(Roof::of_cpu()),
         };
         let iterations = self.iters as usize;
         let settings = Settings { iterations, narrow };
         let measure = |(title, tape): &(String, Tape)| match (&gpu, &roof) {
+            (_, Some(roof)) if self.predict.is_some() => {
+                profile::predict(title, tape, narrow, roof)
+            }
             (Some(gpu), roof) => profile::on_gpu(title, tape, gpu, settings, roof.as_ref()),
             (None, Some(roof)) => profile::on_cpu(title, tape, settings, roof),
             (None, None) => unreachable!("the processor has a roof"),
@@ -187,7 +199,8 @@ impl Args {
                 profile,
             };
             let document = Document {
-                device: self.device,
+                device: self.predict.is_none().then_some(self.device),
+                predicted: self.predict,
                 gpu: gpu.as_ref().map(Gpu::description),
                 dtype: self.dtype,
                 threads: rayon::current_num_threads(),
@@ -198,7 +211,12 @@ impl Args {
             };
             super::print_json(&document)?;
         } else {
-            print_roof(roof.as_ref(), gpu.as_ref())?;
+            let what = match (self.predict, &gpu) {
+                (Some(sheet), _) => format!("predicted for {}", super::name_of(&sheet)),
+                (_, Some(gpu)) => gpu.description().name,
+                (_, None) => format!("CPU, {} threads", rayon::current_num_threads()),
+            };
+            print_roof(&what, roof.as_ref())?;
             for profile in &profiles {
                 print(profile, roof.as_ref(), self.what.step)?;
             }
@@ -280,11 +298,7 @@ fn write_trace(path: &std::path::Path, profiles: &[Profile]) -> Result<()> {
     std::fs::write(path, text).map_err(|e| Error::caused(path, "cannot be written", e))
 }
 
-fn print_roof(roof: Option<&Roof>, gpu: Option<&Gpu>) -> Result<()> {
-    let what = match gpu {
-        Some(gpu) => gpu.description().name,
-        None => format!("CPU, {} threads", rayon::current_num_threads()),
-    };
+fn print_roof(what: &str, roof: Option<&Roof>) -> Result<()> {
     let Some(roof) = roof else {
         outln!("{what}: not timed");
         return Ok(());

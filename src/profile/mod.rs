@@ -16,10 +16,11 @@ use crate::device::cpu;
 use crate::device::gpu::{self, Gpu};
 use crate::error::{Error, Result};
 use crate::ops::control;
-use crate::tape::{Kind, Options, Plan, Tape, Value, Var};
+use crate::tape::{Kind, Options, Plan, Slot, Tape, Value, Var};
+use crate::tensor::Shape;
 
 pub use features::{Block, fused, unfused};
-pub use roof::Roof;
+pub use roof::{Roof, Sheet};
 
 /// How a plan is profiled.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +73,10 @@ pub struct Row {
     pub output: String,
     /// N, H, W, C of its largest input or output.
     pub shape: [usize; 4],
+    /// N, H, W, C of each input.
+    pub inputs: Vec<[usize; 4]>,
+    /// N, H, W, C of each output.
+    pub outputs: Vec<[usize; 4]>,
     /// Compulsory traffic.
     pub bytes: u64,
     /// Arithmetic; a fused multiply-add counts two.
@@ -155,11 +160,15 @@ fn rows(plan: &Plan) -> Vec<Row> {
             let saved: usize = narrow.map(|(slot, _)| 2 * slot.len).sum();
             let shape = values().map(|&(_, shape)| shape).max_by_key(|s| s.len());
             let output = step.outputs.first();
+            let extents = |s: Shape| [s.n, s.h, s.w, s.c];
+            let all = |of: &[(Slot, Shape)]| of.iter().map(|&(_, s)| extents(s)).collect();
             Row {
                 step: index,
                 operation: step.op.name(),
                 output: output.map_or_else(String::new, |v| plan.values()[v.index()].name.clone()),
-                shape: shape.map_or([0; 4], |s| [s.n, s.h, s.w, s.c]),
+                shape: shape.map_or([0; 4], extents),
+                inputs: all(&step.read),
+                outputs: all(&step.write),
                 bytes: (4 * step.cost.elements).saturating_sub(saved as u64),
                 flops: step.cost.flops,
                 seconds: None,
@@ -247,6 +256,31 @@ fn compare(rows: &mut [Row], roof: &Roof) {
     for row in rows {
         row.roofline = row.seconds.map(|s| roof.seconds(row.bytes, row.flops) / s);
     }
+}
+
+/// Seconds that a kernel of a graph takes at least, however little it does: its launch and its first and last
+/// accesses to memory.
+pub const LEAST: f64 = 2e-6;
+
+/// Predicts a tape's times on a GPU that is not there: of each step the time at the roof, at least [`LEAST`].
+/// Steps are counted as one kernel each; kernels that do not reach the roof take longer.
+///
+/// # Errors
+/// If the plan cannot be addressed.
+pub fn predict(title: &str, tape: &Tape, narrow: bool, roof: &Roof) -> Result<Profile> {
+    let plan = Plan::new(tape, Options::gpu(narrow))?;
+    let mut rows = rows(&plan);
+    for row in &mut rows {
+        row.seconds = Some(roof.seconds(row.bytes, row.flops).max(LEAST));
+    }
+    compare(&mut rows, roof);
+    Ok(Profile {
+        title: title.to_owned(),
+        rows,
+        arena_bytes: plan.len() * size_of::<f32>(),
+        graph_seconds: None,
+        deviation: None,
+    })
 }
 
 /// Measures a tape on the processor.

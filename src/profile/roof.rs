@@ -10,7 +10,20 @@ use crate::device::simd::{self, Lanes};
 use crate::error::Result;
 use crate::ops::pointwise;
 
-/// What a machine does at best, measured.
+/// A GPU whose times can be predicted, by its data sheet: bytes per second of its memory, and arithmetic without
+/// sparsity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Sheet {
+    /// A100 SXM, 80 GB.
+    A100,
+    /// H100 SXM.
+    H100,
+    /// H200 SXM.
+    H200,
+}
+
+/// What a machine does at best: measured, or by its data sheet.
 #[derive(Clone, Debug, Serialize)]
 pub struct Roof {
     /// Bytes per second of a copy far larger than the caches, read and written counted.
@@ -39,6 +52,21 @@ impl Roof {
     /// Seconds that a step cannot beat.
     pub fn seconds(&self, bytes: u64, flops: u64) -> f64 {
         (bytes as f64 / self.copy_bytes_per_second).max(flops as f64 / self.arithmetic)
+    }
+
+    /// Of a GPU's data sheet; `narrow` says which of its rates steps are compared with.
+    pub fn of_sheet(sheet: Sheet, narrow: bool) -> Self {
+        let (memory, f32, bf16) = match sheet {
+            Sheet::A100 => (2.039e12, 19.5e12, 312e12),
+            Sheet::H100 => (3.35e12, 66.9e12, 989.4e12),
+            Sheet::H200 => (4.8e12, 66.9e12, 989.4e12),
+        };
+        Self {
+            copy_bytes_per_second: memory,
+            f32_flops_per_second: f32,
+            bf16_flops_per_second: Some(bf16),
+            arithmetic: if narrow { bf16 } else { f32 },
+        }
     }
 
     /// Of the processor, with all threads of the pool.

@@ -73,6 +73,20 @@ impl TrainingStep {
     /// # Errors
     /// [`crate::Error::Shape`] if the configuration was not validated.
     pub fn record(config: &Config, prior: bool) -> Result<Self> {
+        let network = |network: &mut Network<'_>, images| record(config, network, images);
+        Self::of(config, prior, network)
+    }
+
+    /// As [`TrainingStep::record`], with a network of one's own in place of the configured one: it has the heads
+    /// that the arm trains.
+    ///
+    /// # Errors
+    /// As [`TrainingStep::record`]; those of `network`.
+    pub fn of(
+        config: &Config,
+        prior: bool,
+        network: impl FnOnce(&mut Network<'_>, Var) -> Result<Logits>,
+    ) -> Result<Self> {
         let mut tape = Tape::new();
         let shape = images(config);
         let per_image = Shape::per_image(config.batch, 1);
@@ -89,9 +103,9 @@ impl TrainingStep {
         tape.narrow(targets.masks);
         let control = targets.control;
         let seed = config.seed;
-        let mut network = Network::new(&mut tape, Mode::Train { control, seed });
-        let logits = record(config, &mut network, images)?;
-        let starts = network.starts().to_vec();
+        let mut recorder = Network::new(&mut tape, Mode::Train { control, seed });
+        let logits = network(&mut recorder, images)?;
+        let starts = recorder.starts().to_vec();
 
         let tied = config.arm == Arm::Consistency;
         let learned = tied && !config.prior.frozen;

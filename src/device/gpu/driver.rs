@@ -20,6 +20,7 @@ mod nvtx;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -55,6 +56,7 @@ pub(super) struct Driver {
     elapsed: Elapsed,
     /// Drivers before CUDA 12.4 tell no parameters.
     parameter: Option<Parameter>,
+    allocated: AtomicUsize,
     staging: Mutex<Staging>,
     fetches: Mutex<Fetches>,
     kernels: Mutex<Kernels>,
@@ -152,6 +154,7 @@ impl Driver {
             elapsed,
             // SAFETY: the type is that of the documentation.
             parameter: unsafe { library::symbol("cuFuncGetParamInfo") },
+            allocated: AtomicUsize::new(0),
             staging: Mutex::new(Staging {
                 pieces: [Piece::none(), Piece::none()],
                 at: 0,
@@ -501,6 +504,10 @@ impl End for Driver {
             Some(_) => lock(&self.given_back).push(address),
             None => self.release(&[address]),
         }
+    }
+
+    fn allocated(&self) -> &AtomicUsize {
+        &self.allocated
     }
 
     fn clear(&self, address: u64, bytes: usize) -> Result<()> {

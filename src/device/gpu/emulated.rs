@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
@@ -13,7 +14,7 @@ use crate::device::emulator::{self, Buffer};
 use crate::error::{Error, Result};
 
 #[derive(Default)]
-pub(super) struct Emulator(Mutex<State>);
+pub(super) struct Emulator(Mutex<State>, AtomicUsize);
 
 #[derive(Default)]
 struct State {
@@ -136,6 +137,10 @@ impl End for Emulator {
         } else {
             state.memory.remove(&address);
         }
+    }
+
+    fn allocated(&self) -> &AtomicUsize {
+        &self.1
     }
 
     fn clear(&self, address: u64, bytes: usize) -> Result<()> {

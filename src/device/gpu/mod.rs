@@ -19,6 +19,7 @@ pub mod launch;
 mod session;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::Result;
 
@@ -32,6 +33,8 @@ pub(crate) trait End: Send + Sync {
     /// Device memory of `bytes` (above 0), aligned to 256.
     fn allocate(&self, bytes: usize) -> Result<u64>;
     fn free(&self, address: u64);
+    /// Bytes that [`Memory`] holds of it.
+    fn allocated(&self) -> &AtomicUsize;
     /// Fills memory with zeros.
     fn clear(&self, address: u64, bytes: usize) -> Result<()>;
     /// Copies to the device behind the work queued so far; `from` may change when this returns.
@@ -250,6 +253,11 @@ impl Gpu {
         Ok(f64::from(begin.until(&end)?) / f64::from(times))
     }
 
+    /// Bytes of device memory in use through this value and its clones.
+    pub fn allocated(&self) -> usize {
+        self.0.allocated().load(Ordering::Relaxed)
+    }
+
     /// Device memory with zeros in it.
     ///
     /// # Errors
@@ -262,6 +270,7 @@ impl Gpu {
             bytes,
             gpu: self.clone(),
         };
+        self.0.allocated().fetch_add(bytes, Ordering::Relaxed);
         self.0.clear(memory.address, size)?;
         Ok(memory)
     }
@@ -333,6 +342,8 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.gpu.0.free(self.address);
+        let allocated = self.gpu.0.allocated();
+        allocated.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
