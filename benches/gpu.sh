@@ -6,9 +6,16 @@
 # Needs an NVIDIA GPU with its driver, compute-sanitizer, and Python with PyTorch (PYTHON, or python3); no Rust.
 #
 # - Correctness: every kernel against the CPU's code, twice for equal bits, and by graph replay (`gradcheck --device
-#   cuda`); compute-sanitizer's four tools over a smaller run of the same.
+#   cuda`); compute-sanitizer's four tools over a smaller run of the same; two short trainings, and one that was
+#   interrupted and resumed, with equal bits.
 # - Speed: the feature block as `echograd profile` measures it, at the shapes that the peers are measured at, PyTorch's eager and compiled versions of it and the copy
-#   bandwidth (benches/peers/features_gpu.py).
+#   bandwidth (benches/peers/features_gpu.py); whole training steps of `unet` and `efficientnet-b1` and PyTorch's
+#   (benches/peers/step_gpu.py); each of their convolutions and cuDNN's (benches/peers/conv_gpu.py).
+# - Training: a run of `efficientnet-b1` with its curve, the GPU's busy share of an epoch, and the external test.
+#
+# SOURCE and TARGET name what is trained and tested on, as for --data and best as packs: SOURCE=pack:breast.pack
+# TARGET=pack:busi.pack; where they are not set, BrEaST and BUSI in the folder ECHOGRAD_DATA; where there is none, phantoms,
+# which say nothing of patients. EPOCHS (50) shortens the run.
 #
 # The file is written whatever happens, and holds no paths of the machine. Exit status: 0 if every step passed, 1 if one failed, 2 if nothing could be run.
 set -euo pipefail
@@ -58,5 +65,48 @@ for shape in 256,256,256,1 64,256,256,1 16,256,256,1 256,128,128,1; do
     done
 done
 step pytorch "$python" benches/peers/features_gpu.py
+
+# Whole steps, and their convolutions.
+for preset in unet efficientnet-b1; do
+    step "summary_$preset" "$echograd" summary --preset "$preset" --size 256 --json
+    for batch in 16 64; do
+        step "step_${preset}_$batch" "$echograd" profile --device cuda --step --preset "$preset" --size 256 \
+            --batch "$batch" --iters 20 --json --dtype bf16
+        step "conv_${preset}_$batch" "$python" benches/peers/conv_gpu.py "$logs/step_${preset}_$batch.out"
+    done
+done
+step pytorch_step "$python" benches/peers/step_gpu.py
+
+# Training. Short runs on phantoms first, whose bits must be equal.
+data=$logs/phantoms
+step phantom "$echograd" phantom --site A --count 60 --seed 1 --out "$data"
+short=(--data "busi:$data" --preset efficientnet-b1 --device cuda --epochs 3)
+step run_1 "$echograd" train "${short[@]}" --out "$logs/run_1"
+step run_2 "$echograd" train "${short[@]}" --out "$logs/run_2"
+# Interrupted after some steps; one that ended before resumes to itself.
+interrupted() {
+    "$echograd" train "${short[@]}" --out "$logs/run_3" &
+    local pid=$!
+    while kill -0 $pid 2>/dev/null && ! [[ -s $logs/run_3/metrics.csv ]]; do sleep 0.05; done
+    kill -TERM $pid 2>/dev/null || true
+    wait $pid || (($? == 130)) || return 1
+    "$echograd" train --resume --out "$logs/run_3"
+}
+step run_3 interrupted
+step repeated cmp "$logs/run_1/last.safetensors" "$logs/run_2/last.safetensors"
+step resumed cmp "$logs/run_1/last.safetensors" "$logs/run_3/last.safetensors"
+
+source=${SOURCE:-${ECHOGRAD_DATA:+breast:$ECHOGRAD_DATA/BrEaST}}
+target=${TARGET:-${ECHOGRAD_DATA:+busi:$ECHOGRAD_DATA/BUSI}}
+if [[ -z $source ]]; then
+    source=busi:$data
+    echo "neither SOURCE nor ECHOGRAD_DATA is set: training on phantoms"
+fi
+step train "$echograd" train --data "$source" --preset efficientnet-b1 --device cuda --epochs "${EPOCHS:-50}" --out "$logs/run"
+step validation cat "$logs/run/validation/metrics.json"
+step curve cat "$logs/run/metrics.csv"
+if [[ -n $target ]]; then
+    step external "$echograd" evaluate "$logs/run" --data "$target" --device cuda --out "$logs/external" --json
+fi
 
 "$python" benches/gpu_report.py "$logs" benches/results "$echograd"

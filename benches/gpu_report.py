@@ -5,7 +5,9 @@
 Exit status: 0 if every step passed, 1 if not.
 """
 
+import csv
 import datetime
+import io
 import json
 import math
 import re
@@ -18,6 +20,13 @@ OUTPUT_LINES = 40
 PATH = re.compile(r"(?<![\w./])~?/[\w.~+-][^\s:;,'\"()<>\[\]]*")
 # Of the measured copy bandwidth; of PyTorch's time.
 TARGETS = {"bandwidth": 0.85, "eager": 20.0, "compile": 4.0}
+# Of PyTorch's time and of the memory that it reserves, at batch 64.
+STEP_TARGETS = {"eager": 3.0, "compile": 1.5, "memory": 0.6}
+# Of cuDNN's time, from so many channels on, both ways.
+CONV_TARGET, CONV_CHANNELS = 1.15, 128
+# Of an epoch of training.
+BUSY_TARGET = 0.95
+JSON_STEPS = ("doctor", "profile", "pytorch", "summary", "step", "conv", "validation", "external")
 
 
 def read(path):
@@ -65,7 +74,7 @@ def steps(logs, echograd):
         step = {"name": name, "command": pathless(command, echograd), "status": int(status), "seconds": int(seconds)}
         if int(status):
             step["stdout"], step["stderr"] = out[-OUTPUT_LINES:], err[-OUTPUT_LINES:]
-        elif name.startswith(("doctor", "profile", "pytorch")):
+        elif name.startswith(JSON_STEPS):
             if document(logs, name) is None:
                 step["status"], step["stderr"] = 1, ["its output is no JSON"]
         else:
@@ -96,6 +105,111 @@ def compare(profile, pytorch, dtype):
     return found
 
 
+def whole_step(profile, pytorch, layers, summary):
+    """A training step against PyTorch's, its time against the sum of its steps' times at the roof, and the same network on
+    both sides."""
+    try:
+        ours = profile["profiles"][0]
+        batch, side, *_ = max((row["shape"] for row in ours["rows"]), key=lambda s: (s[1], s[0]))
+        network = "efficientnet-b1" if "efficientnet-b1" in ours["title"] else "unet"
+        found = {
+            "network": network,
+            "batch": batch,
+            "size": side,
+            "seconds": ours["graph_seconds"],
+            "least_seconds": sum(row["seconds"] * row["roofline"] for row in ours["rows"]),
+            "launch_by_launch_seconds": ours["seconds"],
+            "bytes": ours["arena_bytes"],
+            "kernels": sum(len(row["kernels"]) for row in ours["rows"]),
+        }
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+    rows = (pytorch or {}).get("steps", [])
+    peer = next((r for r in rows if (r["network"], r["batch"], r["size"]) == (network, batch, side)), {})
+    for variant in ("eager", "compile"):
+        if variant in peer:
+            found[variant] = 1e-3 * peer[variant]["ms"] / found["seconds"]
+            found["memory"] = min(
+                found.get("memory", math.inf), found["bytes"] / max(1, peer[variant].get("reserved_bytes", 0))
+            )
+    if "eager" in peer and summary:
+        # The prior's five learned numbers are no part of the network.
+        found["same_network"] = summary["parameters"] == peer["eager"]["parameters"]
+    if layers:
+        wide = [
+            layer["ours_ms"] / layer["cudnn_ms"]
+            for layer in layers["layers"]
+            if layer["groups"] == 1 and layer["w"][1] == 3 and "ours_ms" in layer
+            and min(layer["x"][3], layer["y"][3]) >= CONV_CHANNELS
+        ]
+        total = [[layer[key] * layer["steps"] for layer in layers["layers"]] for key in ("ours_ms", "cudnn_ms")]
+        found["convolutions"] = sum(total[0]) / sum(total[1])
+        found["wide_convolutions"] = sorted(wide)
+    return found
+
+
+def training(logs, steps):
+    """The run's curve and validation, the external test, and the share of an epoch in which the GPU was busy with steps."""
+    curve = list(csv.DictReader(io.StringIO(read(logs / "curve.out"))))
+    if not curve:
+        return None
+    curve = [{k: float(v) if v else None for k, v in row.items()} for row in curve]
+    found = {"curve": curve, "validation": document(logs, "validation"), "external": document(logs, "external")}
+    step = steps.get("step_efficientnet-b1_16")
+    if step:
+        per_epoch = curve[0]["step"]
+        # The first epoch contains loading; the last half is the steady state.
+        seconds = sorted(row["seconds"] for row in curve[len(curve) // 2 :])
+        found["busy"] = per_epoch * step["seconds"] / seconds[len(seconds) // 2]
+    return found
+
+
+def summary_of_steps(steps):
+    def verdict(met):
+        return "met" if met else "MISSED"
+
+    for name, found in steps.items():
+        if found is None:
+            print(f"  training step, {name}: not measured")
+            continue
+        where = f"{found['network']}, batch {found['batch']}, {found['size']}²"
+        print(
+            f"  training step, {where}: {1e3 * found['seconds']:.2f} ms, {found['bytes'] >> 20} MiB,"
+            f" {found['kernels']} kernels; at the roof {1e3 * found['least_seconds']:.2f} ms"
+        )
+        for variant, of in (("eager", "PyTorch eager"), ("compile", "torch.compile")):
+            if variant in found:
+                ratio, target = found[variant], STEP_TARGETS[variant]
+                print(f"    {ratio:.2f}× faster than {of} (target {target:.1f}×: {verdict(ratio >= target)})")
+        if "memory" in found:
+            ratio, target = found["memory"], STEP_TARGETS["memory"]
+            judged = f" (target {target:.1f}: {verdict(ratio <= target)})" if found["batch"] == 64 else ""
+            print(f"    {ratio:.2f} of PyTorch's memory{judged}")
+        if not found.get("same_network", True):
+            print("    NOT THE SAME NETWORK: the numbers of parameters differ")
+        if "convolutions" in found:
+            print(f"    convolutions {found['convolutions']:.2f} of cuDNN's time")
+            wide = found["wide_convolutions"]
+            if wide:
+                within = sum(ratio <= CONV_TARGET for ratio in wide)
+                print(f"    {within} of {len(wide)} 3×3 layers from {CONV_CHANNELS} channels on within {CONV_TARGET:.2f} of cuDNN")
+
+
+def summary_of_training(found):
+    if found is None:
+        print("  training run: not measured")
+        return
+    last = found["curve"][-1]
+    scores = ", ".join(f"{k} {last[k]:.3f}" for k in ("loss", "val_dice", "val_auc") if last.get(k) is not None)
+    print(f"  training run: {len(found['curve'])} epochs, {last['seconds']:.1f} s the last; {scores}")
+    if "busy" in found:
+        verdict = "met" if found["busy"] >= BUSY_TARGET else "MISSED"
+        print(f"    GPU busy with steps {100 * found['busy']:.0f} % of an epoch (target {100 * BUSY_TARGET:.0f} %: {verdict})")
+    for name, metrics in (found["external"] or {}).items():
+        dice, auc = metrics.get("segmentation", {}).get("dice", {}), metrics.get("classification", {}).get("auc", {})
+        print(f"    external test on {name}: Dice {dice.get('mean')}, AUC {auc.get('value')}")
+
+
 def summary(ratios):
     texts = {
         "bandwidth": ("of the copy bandwidth", lambda x: f"{100 * x:.0f} %"),
@@ -124,6 +238,17 @@ def main():
     profiles = {name: document(logs, name) for name in names}
     # profile_DTYPE_N,H,W,C
     ratios = {name: compare(found, pytorch, name.split("_")[1]) for name, found in profiles.items()}
+    profiled = [step["name"] for step in ran if step["name"].startswith("step_")]
+    steps_found = {
+        name: whole_step(
+            document(logs, name),
+            document(logs, "pytorch_step"),
+            document(logs, name.replace("step_", "conv_")),
+            document(logs, f"summary_{name.split('_')[1]}"),
+        )
+        for name in profiled
+    }
+    run = training(logs, {name: found for name, found in steps_found.items() if found})
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "gpu": {"name": gpu, "driver": driver, "memory": memory, "max_sm_clock": clock},
@@ -138,6 +263,11 @@ def main():
         "ratios": ratios,
         "profiles": profiles,
         "pytorch": pytorch,
+        "training_steps": steps_found,
+        "training_step_profiles": {name: document(logs, name) for name in profiled},
+        "convolutions": {name: document(logs, name.replace("step_", "conv_")) for name in profiled},
+        "pytorch_steps": document(logs, "pytorch_step"),
+        "training": run,
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     path = results / f"{name}.json"
@@ -147,6 +277,8 @@ def main():
     for name in failed:
         print(f"  FAILED: {name}")
     summary(ratios)
+    summary_of_steps(steps_found)
+    summary_of_training(run)
     print(f"written to {path}")
     return 1 if failed else 0
 

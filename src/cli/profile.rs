@@ -174,7 +174,12 @@ impl Args {
             (_, None, _) => Some(Roof::of_cpu()),
         };
         let iterations = self.iters as usize;
-        let settings = Settings { iterations, narrow };
+        let settings = Settings {
+            iterations,
+            narrow,
+            // The processor would take minutes for a GPU's batch.
+            compare: !self.what.step,
+        };
         let measure = |(title, tape): &(String, Tape)| match (&gpu, &roof) {
             (_, Some(roof)) if self.predict.is_some() => {
                 profile::predict(title, tape, narrow, roof)
