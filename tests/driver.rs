@@ -13,10 +13,12 @@ use echograd::Result;
 use echograd::device::cpu::Io;
 use echograd::device::gpu::launch::{Argument, Arguments, Full, Grid, Launches, Word};
 use echograd::device::gpu::{Gpu, Session};
+use echograd::device::{Backend, Session as _};
 use echograd::ops::pointwise::Scale;
 use echograd::ops::{Kernel, Op};
 use echograd::tape::{Options, Plan, Tape};
 use echograd::tensor::{Real, Shape};
+use echograd::train::config::{Config, Device, Preset};
 use tempfile::TempDir;
 
 /// Folders of libraries, each with a driver of its own.
@@ -437,6 +439,51 @@ fn graphs() {
     drop(session);
     graph.replay().unwrap();
     gpu.synchronize().unwrap();
+}
+
+#[test]
+fn steps_are_queued_ahead_and_read_late() {
+    // Five steps of two launches, of which one is not read.
+    assert_eq!(inside("steps"), "scale_f32: 10\n");
+}
+
+#[test]
+#[ignore = "run by steps_are_queued_ahead_and_read_late, with a driver"]
+fn steps() {
+    let gpu = Gpu::cuda().unwrap();
+    let before = gpu.allocated();
+    let (mut session, [x, y]) = session(&gpu);
+    assert_eq!(gpu.allocated() - before, session.bytes());
+    let mut expected = Vec::new();
+    for step in 1..=5u8 {
+        let value = f32::from(step);
+        session.write(x, &[value; 105]).unwrap();
+        session.replay().unwrap();
+        session.fetch(y).unwrap();
+        expected.push(vec![4.0 * value; 105]);
+        if step > 1 {
+            assert_eq!(session.fetched().unwrap(), Some(expected.remove(0)));
+        }
+    }
+    drop(session);
+    gpu.synchronize().unwrap();
+    assert_eq!(gpu.allocated(), before);
+}
+
+#[test]
+fn activations_are_stored_as_the_gpu_can() {
+    for capability in ["75", "90"] {
+        let run = Run::inside("storage").with("FAKE_CAPABILITY", capability);
+        assert_eq!(run.passes(), "");
+    }
+}
+
+#[test]
+#[ignore = "run by activations_are_stored_as_the_gpu_can, with a driver"]
+fn storage() {
+    let has_bf16 = std::env::var("FAKE_CAPABILITY").unwrap() != "75";
+    let backend = Config::preset(Preset::Tiny).backend(Device::Cuda).unwrap();
+    assert!(matches!(backend, Backend::Gpu { narrow, .. } if narrow == has_bf16));
 }
 
 #[test]

@@ -138,6 +138,11 @@ struct Row {
 pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
     let config = configuration(args)?;
     let backend = config.backend(config.device)?;
+    if let Backend::Gpu { .. } = backend {
+        // What the device lacks should show before anything is read.
+        let step = TrainingStep::record(&config, config.arm.segments())?;
+        backend.session(&step.tape)?;
+    }
     let data = Data::open(&config, report, interrupt)?;
     let mut run = Run::new(args.out, config, data, &backend, report)?;
     if args.resume {
