@@ -5,9 +5,9 @@
 //!
 //! - Memory comes from `cuMemAlloc`: a session allocates its arena once and keeps it, so that a pool
 //!   would only hold on to what nobody uses.
-//! - Copies go through two pieces of pinned memory in turn, so that the copying of one overlaps the
-//!   filling of the other, and the caller's memory is free as soon as a call returns. Small ones share a piece:
-//!   they wait for no earlier work until it is full.
+//! - Copies go through pieces of pinned memory in turn, so that the copying of one overlaps the filling of the
+//!   next, and the caller's memory is free as soon as a call returns. There are enough of them for the inputs of
+//!   two large training steps: those of the next are on their way before the one that runs is done.
 //! - A kernel's failure shows at whatever waits for it, and ends all work of the process on the GPU; from
 //!   then on every call returns the first failure.
 //! - While a thread captures a graph, the stream takes that thread's launches and nothing else: other
@@ -39,6 +39,9 @@ use crate::error::{Error, Result};
 
 /// Bytes of a piece of pinned memory: large enough that a copy's own cost does not count.
 const PIECE: usize = 4 << 20;
+
+/// Pieces in all, made when they are first used.
+const PIECES: usize = 16;
 
 /// Shared memory of a block that needs no leave.
 const SHARED: u32 = 48 << 10;
@@ -77,9 +80,9 @@ unsafe impl Send for Driver {}
 // SAFETY: as above; the driver's functions may be called by several threads.
 unsafe impl Sync for Driver {}
 
-/// Two pieces of pinned memory, used in turn.
+/// Pieces of pinned memory, used in turn.
 struct Staging {
-    pieces: [Piece; 2],
+    pieces: [Piece; PIECES],
     /// The piece in use, and how many of its bytes are taken.
     at: usize,
     taken: usize,
@@ -156,9 +159,9 @@ impl Driver {
             parameter: unsafe { library::symbol("cuFuncGetParamInfo") },
             allocated: AtomicUsize::new(0),
             staging: Mutex::new(Staging {
-                pieces: [Piece::none(), Piece::none()],
-                at: 0,
-                taken: 0,
+                pieces: [(); PIECES].map(|()| Piece::none()),
+                at: PIECES - 1,
+                taken: PIECE,
             }),
             fetches: Mutex::default(),
             kernels: Mutex::default(),
@@ -173,13 +176,6 @@ impl Driver {
         unsafe {
             check(sys::cuCtxSetCurrent(driver.context)).map_err(fails)?;
             check(sys::cuStreamCreate(&raw mut driver.stream, stream)).map_err(fails)?;
-        }
-        let staging = driver
-            .staging
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        for piece in &mut staging.pieces {
-            piece.make(PIECE).map_err(fails)?;
         }
         Ok(driver)
     }
@@ -409,8 +405,10 @@ impl Piece {
         // SAFETY: each call writes to a variable of its type. Pinned memory with flags 0 is cached, and so can
         // be read as well as written.
         unsafe {
-            check(sys::cuMemHostAlloc(host.cast(), bytes, 0))?;
-            check(sys::cuEventCreate(&raw mut self.copied, event))
+            if self.copied.is_null() {
+                check(sys::cuEventCreate(&raw mut self.copied, event))?;
+            }
+            check(sys::cuMemHostAlloc(host.cast(), bytes, 0))
         }
     }
 
@@ -434,7 +432,11 @@ impl Staging {
     /// done.
     fn take(&mut self, driver: &Driver, bytes: usize, doing: &str) -> Result<(usize, *mut u8)> {
         if self.taken + bytes > PIECE {
-            let next = (self.at + 1) % self.pieces.len();
+            let next = (self.at + 1) % PIECES;
+            if self.pieces[next].host.is_null() {
+                let made = self.pieces[next].make(PIECE);
+                made.map_err(|refusal| driver.error(doing, refusal))?;
+            }
             self.wait(driver, next, doing)?;
             (self.at, self.taken) = (next, 0);
         }
