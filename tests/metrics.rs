@@ -6,7 +6,7 @@ use approx::assert_relative_eq;
 use echograd::data::Label;
 use echograd::data::image::Gray;
 use echograd::metrics::classification::{
-    Auc, AucDifference, Confusion, THRESHOLD, brier, expected_calibration_error,
+    Auc, AucDifference, Confusion, THRESHOLD, brier, expected_calibration_error, reliability, roc,
 };
 use echograd::metrics::segmentation::{Agreement, Mask, SurfaceDistances};
 use echograd::metrics::statistics::{bootstrap_ci95, mean, median, quantile, sample_variance};
@@ -305,6 +305,32 @@ proptest! {
     }
 
     #[test]
+    fn the_area_under_the_roc_curve_is_the_auc(cases in scored()) {
+        let cases = column(&cases, 0);
+        let (auc, corners) = (Auc::of(&cases), roc(&cases));
+        prop_assert_eq!(auc.is_some(), corners.is_some());
+        if let (Some(auc), Some(corners)) = (auc, corners) {
+            prop_assert_eq!((corners[0], corners[corners.len() - 1]), ([0.0; 2], [1.0; 2]));
+            let trapezoid = |w: &[[f64; 2]]| (w[1][0] - w[0][0]) * (w[0][1] + w[1][1]) / 2.0;
+            let area: f64 = corners.windows(2).map(trapezoid).sum();
+            prop_assert!((area - auc.value).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn the_reliability_diagram_is_what_the_calibration_error_averages(cases in scored()) {
+        let cases = column(&cases, 1);
+        let n: usize = reliability(&cases).iter().map(|bin| bin.n).sum();
+        prop_assert_eq!(n, cases.len());
+        let gap = |bin: &echograd::metrics::classification::Reliability| {
+            bin.n as f64 * (bin.p - bin.positives).abs()
+        };
+        let total: f64 = reliability(&cases).iter().map(gap).sum();
+        let ece = expected_calibration_error(&cases).unwrap_or(0.0);
+        prop_assert!((total / n.max(1) as f64 - ece).abs() < 1e-12);
+    }
+
+    #[test]
     fn auc_depends_on_the_order_of_scores_alone(cases in scored(), shift in 0..40_usize) {
         let cases = column(&cases, 0);
         let close = |a: Option<Auc>, b: Option<Auc>, value: fn(f64) -> f64| {
@@ -531,6 +557,19 @@ fn rows() -> Vec<PerImage> {
         row("d.png", None, Label::Normal, two, none, None, Some(0.99)),
         row("e.png", None, Label::Normal, none, none, None, None),
     ]
+}
+
+#[test]
+fn the_mean_of_rows_is_over_those_that_have_the_metric() {
+    let mut rows = rows();
+    rows.truncate(2);
+    (rows[0].dice, rows[1].dice) = (Some(0.25), Some(0.75));
+    (rows[0].phi, rows[1].phi) = (None, Some(0.5));
+    (rows[0].p, rows[1].p) = (None, None);
+    let mean = PerImage::mean(&rows).unwrap();
+    assert_eq!((mean.dice, mean.phi, mean.p), (Some(0.5), Some(0.5), None));
+    assert_eq!(mean.image, rows[0].image);
+    assert_eq!(PerImage::mean(&[]), None);
 }
 
 #[test]

@@ -247,11 +247,75 @@ pub fn brier(cases: &[(f64, bool)]) -> Option<f64> {
 /// 2015, with the bins of Guo et al. 2017, but on `p` itself and not on the confidence in the likelier class,
 /// since a malignancy of 10% and one of 90% are not the same statement.
 pub fn expected_calibration_error(cases: &[(f64, bool)]) -> Option<f64> {
-    let mut excess = [0.0; CALIBRATION_BINS];
+    let total: f64 = bins(cases)
+        .iter()
+        .map(|bin| (bin.p - bin.positives).abs())
+        .sum();
+    (!cases.is_empty()).then(|| total / cases.len() as f64)
+}
+
+/// Sums over the cases of one bin.
+#[derive(Clone, Copy, Default)]
+struct Bin {
+    n: usize,
+    p: f64,
+    positives: f64,
+}
+
+fn bins(cases: &[(f64, bool)]) -> [Bin; CALIBRATION_BINS] {
+    let mut bins = [Bin::default(); CALIBRATION_BINS];
     for &(p, positive) in cases {
         let bin = (p * CALIBRATION_BINS as f64).ceil() as usize;
-        excess[bin.clamp(1, CALIBRATION_BINS) - 1] += p - f64::from(u8::from(positive));
+        let bin = &mut bins[bin.clamp(1, CALIBRATION_BINS) - 1];
+        bin.n += 1;
+        bin.p += p;
+        bin.positives += f64::from(u8::from(positive));
     }
-    let total: f64 = excess.iter().map(|e| e.abs()).sum();
-    (!cases.is_empty()).then(|| total / cases.len() as f64)
+    bins
+}
+
+/// A point of a reliability diagram: the cases of one bin of [`expected_calibration_error`].
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Reliability {
+    /// Number of cases.
+    pub n: usize,
+    /// Mean probability.
+    pub p: f64,
+    /// Fraction of positives.
+    pub positives: f64,
+}
+
+/// The bins that hold cases, from low to high probability.
+pub fn reliability(cases: &[(f64, bool)]) -> Vec<Reliability> {
+    let filled = bins(cases).into_iter().filter(|bin| bin.n > 0);
+    filled
+        .map(|Bin { n, p, positives }| Reliability {
+            n,
+            p: p / n as f64,
+            positives: positives / n as f64,
+        })
+        .collect()
+}
+
+/// The corners of the ROC curve, `[1 − specificity, sensitivity]` from `[0, 0]` to `[1, 1]`, a corner for each
+/// distinct score; `None` unless both classes are present. The area under it is [`Auc::value`].
+pub fn roc(cases: &[(f64, bool)]) -> Option<Vec<[f64; 2]>> {
+    let positives = cases.iter().filter(|case| case.1).count();
+    let negatives = cases.len() - positives;
+    if positives == 0 || negatives == 0 {
+        return None;
+    }
+    let mut sorted = cases.to_vec();
+    sorted.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let (mut corners, mut counts) = (vec![[0.0; 2]], [0usize; 2]);
+    for group in sorted.chunk_by(|a, b| a.0 == b.0) {
+        for case in group {
+            counts[usize::from(case.1)] += 1;
+        }
+        corners.push([
+            counts[0] as f64 / negatives as f64,
+            counts[1] as f64 / positives as f64,
+        ]);
+    }
+    Some(corners)
 }

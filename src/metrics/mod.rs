@@ -1,6 +1,6 @@
 //! Metrics of segmentation and classification, and the files that report them.
 //!
-//! [`segmentation`] and [`classification`] measure, [`statistics`] summarises. A [`PerImage`] row holds what
+//! [`segmentation`] and [`classification`] measure, [`statistics`] summarises, [`paired`] compares two methods. A [`PerImage`] row holds what
 //! was measured on one image and is a line of `per_image.csv`; [`DatasetMetrics`] is computed from the rows
 //! alone and is an entry of `metrics.json`.
 //!
@@ -21,12 +21,14 @@
 //! ```
 
 pub mod classification;
+pub mod paired;
 pub mod segmentation;
 pub mod statistics;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Label;
@@ -111,6 +113,63 @@ impl PerImage {
             roundness: None,
             false_positive_area: None,
         }
+    }
+
+    /// The mean of rows of one image, each metric over the rows that have it; `None` without rows. The area of
+    /// false positives, a count, is not averaged.
+    pub fn mean<'a>(rows: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
+        let mut rows = rows.into_iter();
+        let mut mean = rows.next()?.clone();
+        mean.false_positive_area = None;
+        let mut counts = mean
+            .metrics()
+            .map(|value| f64::from(u8::from(value.is_some())));
+        for row in rows {
+            let mut row = row.clone();
+            for ((sum, value), n) in mean
+                .metrics()
+                .into_iter()
+                .zip(row.metrics())
+                .zip(&mut counts)
+            {
+                if let Some(value) = *value {
+                    *sum = Some(sum.unwrap_or(0.0) + value);
+                    *n += 1.0;
+                }
+            }
+        }
+        for (sum, n) in mean.metrics().into_iter().zip(counts) {
+            *sum = sum.map(|sum| sum / n);
+        }
+        Some(mean)
+    }
+
+    fn metrics(&mut self) -> [&mut Option<f64>; 14] {
+        [
+            &mut self.dice,
+            &mut self.iou,
+            &mut self.precision,
+            &mut self.recall,
+            &mut self.hd95_px,
+            &mut self.assd_px,
+            &mut self.hd95_mm,
+            &mut self.assd_mm,
+            &mut self.p,
+            &mut self.phi,
+            &mut self.irregularity,
+            &mut self.orientation,
+            &mut self.margin,
+            &mut self.roundness,
+        ]
+    }
+
+    /// `(p, malignant)`, if there is a lesion and it was classified.
+    pub fn diagnosis(&self) -> Option<(f64, bool)> {
+        self.label
+            .is_lesion()
+            .then_some(())
+            .and(self.p)
+            .map(|p| (p, self.label == Label::Malignant))
     }
 
     /// Fills in what the predicted mask, the true mask and the width of a (square) pixel in millimetres tell.
@@ -271,10 +330,7 @@ impl SegmentationMetrics {
 
 impl ClassificationMetrics {
     fn of(rows: &[PerImage]) -> Option<Self> {
-        let lesions = rows.iter().filter(|r| r.label.is_lesion());
-        let cases: Vec<(f64, bool)> = lesions
-            .filter_map(|r| Some((r.p?, r.label == Label::Malignant)))
-            .collect();
+        let cases: Vec<(f64, bool)> = rows.iter().filter_map(PerImage::diagnosis).collect();
         let confusion = Confusion::at(THRESHOLD, &cases);
         (!cases.is_empty()).then(|| Self {
             n: cases.len(),
@@ -328,6 +384,17 @@ pub fn write_csv<R: Serialize>(path: &Path, rows: &[R]) -> Result<()> {
         .map_err(|e| Error::caused(path, "rows cannot be written as CSV", e))?;
     drop(csv);
     write_atomically(path, &bytes)
+}
+
+/// Reads rows that [`write_csv`] wrote, of one struct each; columns that it does not have are ignored.
+///
+/// # Errors
+/// [`Error::File`] if the file is missing or has other columns.
+pub fn read_csv<R: DeserializeOwned>(path: &Path) -> Result<Vec<R>> {
+    let unreadable = |e: csv::Error| Error::caused(path, "cannot be read", e);
+    let mut reader = csv::Reader::from_path(path).map_err(unreadable)?;
+    let rows = reader.deserialize().collect::<Result<Vec<R>, _>>();
+    rows.map_err(unreadable)
 }
 
 /// Writes `metrics.json`: metrics by name of data set; what could not be measured is `null`. The file appears
