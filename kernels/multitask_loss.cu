@@ -23,7 +23,7 @@ __device__ __forceinline__ double inverse(double x) { return x > 0.0 ? 1.0 / x :
 // Of n images, with inputs that are absent given as null: without `cross_entropy` no mask's terms, without
 // `malignancy` no classification, without `prior_weight` no consistency. `by_classification` and
 // `by_consistency` are the terms' weights λ; with `stop_p` consistency moves the classifier not, with
-// `stop_mask` the mask not. Outputs: the total, the terms before λ (null for absent ones), and the
+// `stop_mask` the mask not; `unweighted` lets all measurable lesions count alike. Outputs: the total, the terms before λ (null for absent ones), and the
 // gradients of the total, times `dtotal` unless that is null: `dmean` of both cross-entropy and Dice loss.
 // Images of weight 0 count in nothing and receive exactly zero; so do moments and perimeters of images
 // without a measurable lesion. One block.
@@ -33,7 +33,7 @@ __device__ __forceinline__ void multitask_loss(
     const float* weight, const T* malignancy, const float* label, const float* class_weight,
     const float* prior_weight, const float* prior_bias, const float* prior_mean, const float* prior_sd,
     const float* control, int n, double by_classification, double by_consistency, int stop_p,
-    int stop_mask, float* total, float* mean_cross_entropy, float* mean_dice, float* classification,
+    int stop_mask, int unweighted, float* total, float* mean_cross_entropy, float* mean_dice, float* classification,
     float* consistency, float* dmean, float* dmoments, float* dperimeters, T* dmalignancy, float* dweight,
     float* dbias) {
     constexpr int kShared = 3, kSums = 9;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void multitask_loss(
                 const ShapeFeatures z = prior.standardise(features_of(m));
                 const Logistic phi = prior.phi(z), p(to_float(malignancy[image]));
                 const double difference = p.positive - phi.positive;
-                const double factor = per_lesion * weight[image] * confidence(m);
+                const double factor = per_lesion * weight[image] * (unweighted ? 1.0 : confidence(m));
                 sums[3] += factor * difference * difference;
                 const double slope = seed * by_consistency * 2.0 * factor * difference;
                 if (!stop_p) dlogit += slope * p.positive * p.negative;
@@ -129,14 +129,14 @@ __device__ __forceinline__ void multitask_loss(
         const float* label, const float* class_weight, const float* prior_weight,                \
         const float* prior_bias, const float* prior_mean, const float* prior_sd,                 \
         const float* control, int n, double by_classification, double by_consistency,            \
-        int stop_p, int stop_mask, float* total, float* mean_cross_entropy, float* mean_dice,    \
-        float* classification, float* consistency, float* dmean, float* dmoments,                \
-        float* dperimeters, T* dmalignancy, float* dweight, float* dbias) {                      \
+        int stop_p, int stop_mask, int unweighted, float* total, float* mean_cross_entropy,      \
+        float* mean_dice, float* classification, float* consistency, float* dmean,               \
+        float* dmoments, float* dperimeters, T* dmalignancy, float* dweight, float* dbias) {     \
         multitask_loss(dtotal, cross_entropy, dice, moments, perimeters, weight, malignancy,     \
                        label, class_weight, prior_weight, prior_bias, prior_mean, prior_sd,      \
-                       control, n, by_classification, by_consistency, stop_p, stop_mask, total,  \
-                       mean_cross_entropy, mean_dice, classification, consistency, dmean,        \
-                       dmoments, dperimeters, dmalignancy, dweight, dbias);                      \
+                       control, n, by_classification, by_consistency, stop_p, stop_mask,         \
+                       unweighted, total, mean_cross_entropy, mean_dice, classification,         \
+                       consistency, dmean, dmoments, dperimeters, dmalignancy, dweight, dbias);  \
     }
 MULTITASK_LOSS(float, f32)
 MULTITASK_LOSS(bf16, bf16)

@@ -98,6 +98,8 @@ pub struct Tie {
     pub stop_classifier: bool,
     /// No gradient into the mask. The prior's weights still learn.
     pub stop_mask: bool,
+    /// Let all measurable lesions count alike: `cᵢ = 1`.
+    pub unweighted: bool,
 }
 
 /// How the terms are combined.
@@ -167,6 +169,7 @@ impl Terms {
                 weight: tie.weight,
                 stop_classifier: tie.stop_classifier,
                 stop_mask: tie.stop_mask,
+                unweighted: tie.unweighted,
             }),
         };
         let outputs = tape.push_all(op, &inputs)?;

@@ -156,6 +156,7 @@ fn check_values_on_the_emulator() {
             weight: 1.0,
             stop_classifier: false,
             stop_mask: false,
+            unweighted: false,
         }),
     };
     let inputs = [
@@ -513,7 +514,7 @@ fn the_fit_satisfies_the_optimality_conditions() {
     for free_sign in [false, true] {
         let options = FitOptions {
             free_sign,
-            start: Start::Fitted,
+            ..FitOptions::default()
         };
         let prior = Prior::fit(&rows, &labels, options).expect("both classes");
         let (mut by_weight, mut by_bias) = (prior.weights, 0.0);
@@ -546,6 +547,36 @@ fn the_fit_satisfies_the_optimality_conditions() {
         .expect("both classes")
         .weights;
     assert!(weights[0] > 0.0 && weights.iter().all(|&w| w == weights[0]));
+}
+
+#[test]
+fn a_feature_left_out_counts_in_nothing() {
+    let (mut rows, labels) = lesions();
+    let options = |start| FitOptions {
+        start,
+        left_out: [false, false, true, false],
+        ..FitOptions::default()
+    };
+    for start in [Start::Fitted, Start::Equal] {
+        let prior = Prior::fit(&rows, &labels, options(start)).expect("both classes");
+        assert_eq!(prior.weights[2], 0.0);
+        assert!(prior.weights.iter().any(|w| *w > 0.0) && prior.phi(&rows[3]).is_finite());
+        let (features, weights, bias) = prior.backward(&rows[3], 2.0);
+        assert_eq!((features.margin, weights[2]), (0.0, 0.0));
+        assert!(weights[0] != 0.0 && weights[1] != 0.0 && bias != 0.0);
+
+        // Not even a weight that something else put there.
+        let mut weighted = prior;
+        weighted.weights[2] = 3.0;
+        assert_eq!(weighted.phi(&rows[3]), prior.phi(&rows[3]));
+    }
+    // What is left out may be constant, and its values do not matter.
+    let before = Prior::fit(&rows, &labels, options(Start::Fitted)).expect("both classes");
+    for row in &mut rows {
+        row.margin = 0.25;
+    }
+    let after = Prior::fit(&rows, &labels, options(Start::Fitted)).expect("both classes");
+    assert_eq!((before.weights, before.bias), (after.weights, after.bias));
 }
 
 #[test]

@@ -46,6 +46,7 @@ impl Problem {
             weight: s.uniform(0.1, 4.0),
             stop_classifier: s.chance(0.2),
             stop_mask: s.chance(0.2),
+            unweighted: s.chance(0.3),
         });
         let classification = classes.then(|| s.uniform(0.1, 3.0));
         Self::of(s, n, mask, classification, tie)
@@ -57,6 +58,7 @@ impl Problem {
             weight: 0.7,
             stop_classifier: false,
             stop_mask: false,
+            unweighted: false,
         };
         Self::of(&mut Sampler::new(seed), n, true, Some(1.3), Some(tie))
     }

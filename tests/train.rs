@@ -601,6 +601,39 @@ fn arms_start_from_equal_weights() {
     assert!((variance * 45.0 / 2.0 - 1.0).abs() < 0.35, "{variance}");
 }
 
+/// Ablations of the method: what each changes in the first step, and that it changes nothing else.
+#[test]
+fn what_is_left_out_of_the_consistency_term_has_no_effect() {
+    let step = |settings: &[(&str, &str)]| {
+        let config = config(settings);
+        let mut small = Small::<f64>::new(&config);
+        small.session.run();
+        let consistency = small.step.terms.consistency.unwrap();
+        let read = |name: &str| -> Vec<f64> {
+            let var = small.step.tape.find(Kind::State, name).unwrap();
+            small.session.read(var).to_vec()
+        };
+        (
+            small.session.read(consistency)[0],
+            read("adam.first.prior.weight"),
+            read("adam.first.encoder.0.conv1.weight"),
+        )
+    };
+    let whole = step(&[]);
+    let unweighted = step(&[("loss.confidence", "false")]);
+    // Confidences are below 1.
+    assert!(unweighted.0 > whole.0, "{} {}", unweighted.0, whole.0);
+    let blunt = step(&[("loss.kappa", "1")]);
+    assert_ne!(blunt.0, whole.0);
+    assert!(whole.1.iter().all(|&d| d != 0.0));
+    for stop in ["classifier", "mask"] {
+        let stopped = step(&[("loss.stop_gradient", stop)]);
+        assert_eq!(stopped.0, whole.0);
+        assert_eq!(stopped.1, whole.1, "the prior learns all the same");
+        assert_ne!(stopped.2, whole.2);
+    }
+}
+
 #[test]
 fn the_prior_learns_only_in_its_arm_and_never_decays() {
     let names = |settings: &[(&str, &str)]| -> Vec<String> {

@@ -12,7 +12,7 @@ pub struct Prior {
     pub bias: f64,
     /// `μ`.
     pub mean: [f64; 4],
-    /// `s`, positive.
+    /// `s`, positive; infinite for a feature that is left out.
     pub sd: [f64; 4],
 }
 
@@ -33,6 +33,9 @@ pub struct FitOptions {
     pub start: Start,
     /// Let weights be negative. By default they are not, so that each reads as suspicion.
     pub free_sign: bool,
+    /// Features to leave out, in the order of [`ShapeFeatures::NAMES`]: their weight is 0 and their `s` infinite,
+    /// so that they change neither `φ` nor any gradient, and learning leaves their weight where it is.
+    pub left_out: [bool; 4],
 }
 
 impl Prior {
@@ -62,6 +65,10 @@ impl Prior {
         let n = rows.len() as f64;
         let (mut mean, mut sd) = ([0.0; 4], [0.0; 4]);
         for k in 0..4 {
+            if options.left_out[k] {
+                sd[k] = f64::INFINITY;
+                continue;
+            }
             let column = || rows.iter().map(|row| row.to_array()[k]);
             mean[k] = column().sum::<f64>() / n;
             sd[k] = (column().map(|f| (f - mean[k]).powi(2)).sum::<f64>() / n).sqrt();
@@ -82,7 +89,8 @@ impl Prior {
             Start::Equal => {
                 let sums: Vec<_> = standard.map(|z| [z.iter().sum()]).collect();
                 let ([weight], bias) = logistic(&sums, malignant, options.free_sign);
-                ([weight; 4], bias)
+                let counts = |k: usize| if options.left_out[k] { 0.0 } else { weight };
+                (std::array::from_fn(counts), bias)
             }
         };
         Ok(Self {

@@ -181,6 +181,7 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
                     weight: 1.0,
                     stop_classifier: false,
                     stop_mask: false,
+                    unweighted: false,
                 }),
             };
             let dice = images(tape, "dice", 1);

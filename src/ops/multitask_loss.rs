@@ -65,6 +65,8 @@ pub struct Tie {
     pub stop_classifier: bool,
     /// No gradient into moments and perimeter. The prior's weights still learn.
     pub stop_mask: bool,
+    /// Let all measurable lesions count alike: `c = 1`.
+    pub unweighted: bool,
 }
 
 /// Positions of the first input, term and gradient of each group.
@@ -169,7 +171,9 @@ impl MultitaskLoss {
                 stop_p: tie.stop_classifier,
                 stop_phi: false,
             };
-            let term = tape.push(op, &[p, phi, shape[1], shape[2], inputs[4], control])?;
+            let measurable = shape[1];
+            let confidence = if tie.unweighted { measurable } else { shape[2] };
+            let term = tape.push(op, &[p, phi, measurable, confidence, inputs[4], control])?;
             terms.push(term);
             let factor = tie.weight;
             parts.push(tape.push(Scale { factor }, &[term])?);
@@ -195,6 +199,7 @@ struct Lesions<'a, T> {
     weights: &'a [T],
     logits: &'a [T],
     prior: features::Prior,
+    unweighted: bool,
     /// Ramp over the number of lesions.
     factor: f64,
 }
@@ -211,7 +216,7 @@ struct Lesion {
 }
 
 impl<'a, T: Real> Lesions<'a, T> {
-    fn of(input: impl Fn(usize) -> &'a [T], at: &Places) -> Self {
+    fn of(input: impl Fn(usize) -> &'a [T], at: &Places, unweighted: bool) -> Self {
         let [weight, bias, mean, sd, control] = std::array::from_fn(|k| input(at.prior + k));
         let array = |values: &[T]| std::array::from_fn(|k| values[k].wide());
         let mut lesions = Self {
@@ -225,6 +230,7 @@ impl<'a, T: Real> Lesions<'a, T> {
                 mean: array(mean),
                 sd: array(sd),
             },
+            unweighted,
             factor: 0.0,
         };
         let images = 0..lesions.weights.len();
@@ -246,7 +252,12 @@ impl<'a, T: Real> Lesions<'a, T> {
         let sums = self.sums(image)?;
         let features = sums.features()?;
         let (p, q) = sigmoid(self.logits[image].wide());
-        let factor = self.factor * self.weights[image].wide() * sums.confidence();
+        let confidence = if self.unweighted {
+            1.0
+        } else {
+            sums.confidence()
+        };
+        let factor = self.factor * self.weights[image].wide() * confidence;
         let difference = p - self.prior.phi(&features);
         let slope = 2.0 * factor * difference;
         Some(Lesion {
@@ -292,7 +303,9 @@ impl MultitaskLoss {
                 std::array::from_fn(|k| io.input(first + at.malignancy + k));
             let per_weight = inverse_weight(weights);
             let input = |i| io.input(first + i);
-            let tie = self.consistency.map(|tie| (tie, Lesions::of(input, &at)));
+            let tie = self
+                .consistency
+                .map(|tie| (tie, Lesions::of(input, &at, tie.unweighted)));
             let (mut dweights, mut dbias) = ([0.0; 4], 0.0);
             for (image, d) in io.output(at.dmalignancy).iter_mut().enumerate() {
                 let mut dlogit = 0.0;
@@ -348,6 +361,7 @@ kernel! {
         malignancy: Stored, label: Full, class_weight: Full,
         prior_weight: Full, prior_bias: Full, prior_mean: Full, prior_sd: Full, control: Full,
         n: i32, by_classification: f64, by_consistency: f64, stop_p: i32, stop_mask: i32,
+        unweighted: i32,
         total: Full, mean_cross_entropy: Full, mean_dice: Full, classification: Full,
         consistency: Full,
         dmean: Full, dmoments: Full, dperimeters: Full, dmalignancy: Stored,
@@ -441,6 +455,7 @@ impl MultitaskLoss {
             weight: 0.0,
             stop_classifier: false,
             stop_mask: false,
+            unweighted: false,
         });
         let input = |present: bool, i: usize| match present {
             true => at.input(first + i),
@@ -475,6 +490,7 @@ impl MultitaskLoss {
             by_consistency: tie.weight,
             stop_p: i32::from(tie.stop_classifier),
             stop_mask: i32::from(tie.stop_mask),
+            unweighted: i32::from(tie.unweighted),
             total: at.output(0).into(),
             mean_cross_entropy: output(self.mask, 1).into(),
             mean_dice: output(self.mask, 2).into(),
@@ -542,6 +558,7 @@ pub(super) fn case(s: &mut Sampler) -> Case {
             weight: s.uniform(1.0, 9.0),
             stop_classifier: false,
             stop_mask: false,
+            unweighted: s.chance(0.3),
         }),
     };
     // Some images are padding, now and then all.

@@ -92,6 +92,7 @@ pub fn fused(masks: Shape) -> Result<Block> {
             prior: inputs.prior,
             stop_classifier: false,
             stop_mask: false,
+            unweighted: false,
         }),
     };
     let terms = Terms::record(&mut tape, &loss, &logits, &inputs.targets)?;
@@ -123,6 +124,7 @@ pub fn unfused(masks: Shape) -> Result<Block> {
             weight: CONSISTENCY,
             stop_classifier: false,
             stop_mask: false,
+            unweighted: false,
         }),
     };
     let total = op.compose(

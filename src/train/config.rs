@@ -124,6 +124,34 @@ pub enum Stop {
     Mask,
 }
 
+/// A shape feature, [`crate::features`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Feature {
+    /// How far from a disc.
+    Irregularity,
+    /// Taller than wide.
+    Orientation,
+    /// How far the outline exceeds the ellipse's.
+    Margin,
+    /// Oval to round.
+    Roundness,
+}
+
+impl Feature {
+    /// In the order of [`crate::features::ShapeFeatures::NAMES`].
+    pub const ALL: [Self; 4] = [
+        Self::Irregularity,
+        Self::Orientation,
+        Self::Margin,
+        Self::Roundness,
+    ];
+
+    fn all() -> Vec<Self> {
+        Self::ALL.to_vec()
+    }
+}
+
 /// Where the prior's weights start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -214,14 +242,25 @@ pub struct LossConfig {
     pub kappa: f64,
     /// Weight benign and malignant images inversely to their number in the classification loss.
     pub class_weights: bool,
+    /// Weight lesions in the consistency term by how decided their mask is.
+    #[serde(default = "yes")]
+    pub confidence: bool,
     /// Where the consistency term's gradient stops.
     pub stop_gradient: Stop,
+}
+
+/// What a file of an earlier version, which could not choose, did.
+fn yes() -> bool {
+    true
 }
 
 /// The prior φ.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PriorConfig {
+    /// The features that count: the others have weight 0 and pass no gradient.
+    #[serde(default = "Feature::all")]
+    pub features: Vec<Feature>,
     /// Where the weights start.
     pub start: PriorStart,
     /// Let weights be negative.
@@ -309,9 +348,11 @@ impl Config {
                 ramp_epochs: if tiny { 4.0 } else { 10.0 },
                 kappa: 3.0,
                 class_weights: true,
+                confidence: true,
                 stop_gradient: Stop::None,
             },
             prior: PriorConfig {
+                features: Feature::all(),
                 start: PriorStart::Fitted,
                 free_sign: false,
                 frozen: false,
@@ -391,7 +432,7 @@ impl Config {
         Ok(config)
     }
 
-    fn table(&self) -> Table {
+    pub(crate) fn table(&self) -> Table {
         Table::try_from(self).expect("a configuration is a TOML table")
     }
 
@@ -406,6 +447,11 @@ impl Config {
         gpu.ready()?;
         let narrow = self.precision == Precision::Bf16 && gpu.has_bf16();
         Ok(Backend::Gpu { gpu, narrow })
+    }
+
+    /// Every key and value, as [`Config::load`] takes them.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        settings(self.table())
     }
 
     /// The text of `config.toml`.
@@ -486,6 +532,12 @@ impl Config {
                 return fail(key, format!("{low} to {high}"), value.to_string());
             }
         }
+        let features = &self.prior.features;
+        let twice = |i: usize| features[..i].contains(&features[i]);
+        if features.is_empty() || (0..features.len()).any(twice) {
+            let expected = "at least one feature, none twice".into();
+            return fail("prior.features", expected, format!("{features:?}"));
+        }
         let (loss, optimizer) = (&self.loss, &self.optimizer);
         // Upper ends marked `below` are excluded.
         let below = |x: f64| x.next_down();
@@ -538,6 +590,17 @@ impl Setting {
             (value, _) => value,
         }
     }
+}
+
+/// Dotted keys and values of a table, as [`Config::load`] takes them.
+pub(crate) fn settings(table: Table) -> Vec<(String, String)> {
+    let mut values = Vec::new();
+    flatten("", table, &mut values);
+    let text = |(key, setting)| match setting {
+        Setting::Text(text) | Setting::Value(Value::String(text)) => (key, text),
+        Setting::Value(value) => (key, value.to_string()),
+    };
+    values.into_iter().map(text).collect()
 }
 
 /// Dotted keys and values of a table, in its order.
@@ -619,6 +682,7 @@ mod tests {
         std::fs::write(&path, config.to_toml()).unwrap();
         let again = Config::load(Some(&path), &[]).unwrap();
         assert_eq!(again, config);
+        assert_eq!(Config::load(None, &config.settings()).unwrap(), config);
         assert!(again.difference(&config).is_none());
     }
 
@@ -679,6 +743,16 @@ mod tests {
                 "model.widths: expected widths from 1",
             ),
             ("augment.p_flip", "2", "augment.p_flip: expected 0 to 1"),
+            (
+                "prior.features",
+                "[\"margin\", \"margin\"]",
+                "prior.features: expected at least one feature, none twice",
+            ),
+            (
+                "prior.features",
+                "[\"size\"]",
+                "prior.features: unknown variant `size`",
+            ),
         ] {
             let text = message(&[(key, value)]);
             assert!(text.starts_with(expected), "{key}={value}: {text}");

@@ -80,7 +80,7 @@ pub fn evaluate(
 }
 
 /// One row for each of the cases listed.
-pub(super) fn examine(
+pub(crate) fn examine(
     model: &mut Model,
     source: &dyn Source,
     subset: &[usize],
@@ -119,7 +119,7 @@ pub(super) fn examine(
 }
 
 /// Writes `metrics.json` and `per_image.csv` into `out`, a folder that exists.
-pub(super) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<DatasetMetrics> {
+pub(crate) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<DatasetMetrics> {
     let metrics = DatasetMetrics::of(rows);
     write_csv(&out.join("per_image.csv"), rows)?;
     let datasets = BTreeMap::from([(name.to_owned(), metrics.clone())]);
@@ -127,6 +127,6 @@ pub(super) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<Dataset
     Ok(metrics)
 }
 
-pub(super) fn make_folder(path: &Path) -> Result<()> {
+pub(crate) fn make_folder(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(|e| Error::caused(path, "cannot be created", e))
 }

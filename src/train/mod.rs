@@ -30,6 +30,22 @@ pub trait Report: Sync {
         let _ = text;
     }
 
+    /// An epoch of `epochs` is over; `best` if it is the best so far.
+    fn epoch(&self, epoch: &run::Epoch, epochs: u64, best: bool) {
+        let show = |name: &str, value: Option<f64>| {
+            value.map_or(String::new(), |value| format!("  {name} {value:.3}"))
+        };
+        self.line(&format!(
+            "epoch {:>3}/{epochs}  loss {:.4}{}{}  {:.1} s{}",
+            epoch.epoch,
+            epoch.loss,
+            show("validation Dice", epoch.val_dice),
+            show("AUC", epoch.val_auc),
+            epoch.seconds,
+            if best { "  best" } else { "" },
+        ));
+    }
+
     /// `done` of `total` pieces of `what` are finished; `message` says how it goes.
     fn progress(&self, what: &str, done: u64, total: u64, message: &str) {
         let _ = (what, done, total, message);
@@ -50,7 +66,7 @@ impl Report for () {}
 
 /// The cases to work with, and all images left out: by the reader, and exact duplicates if asked for.
 /// Both, and every group of duplicates, are reported by name.
-fn select(
+pub(crate) fn select(
     source: &dyn Source,
     drop_duplicates: bool,
     report: &dyn Report,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, Checkpoint, Position};
-use super::config::{Arm, Config, ModelKind, Precision, PriorStart};
+use super::config::{Arm, Config, Feature, ModelKind, Precision, PriorStart};
 use super::evaluate::{examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
@@ -23,7 +23,7 @@ use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
 use crate::features::{FitOptions, MaskSums, Prior, Start};
 use crate::metrics::classification::Auc;
-use crate::metrics::{DatasetMetrics, write_csv};
+use crate::metrics::{DatasetMetrics, read_csv, write_csv};
 use crate::ops::control;
 
 /// Name of the file that says what a run was made from.
@@ -112,20 +112,49 @@ impl Manifest {
 
 /// A row of `metrics.csv`. Losses are means over the epoch's images; what the arm lacks is empty.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-struct Row {
-    epoch: u64,
-    step: u64,
-    learning_rate: f64,
-    ramp: f64,
-    loss: f64,
-    cross_entropy: Option<f64>,
-    dice_loss: Option<f64>,
-    classification: Option<f64>,
-    consistency: Option<f64>,
-    gradient_norm: f64,
-    val_dice: Option<f64>,
-    val_auc: Option<f64>,
-    seconds: f64,
+pub struct Epoch {
+    /// Its number, from 1.
+    pub epoch: u64,
+    /// Training steps done at its end.
+    pub step: u64,
+    /// The last step's learning rate.
+    pub learning_rate: f64,
+    /// The last step's ramp of the consistency term.
+    pub ramp: f64,
+    /// The loss.
+    pub loss: f64,
+    /// Cross-entropy of the mask.
+    pub cross_entropy: Option<f64>,
+    /// Soft Dice loss of the mask.
+    pub dice_loss: Option<f64>,
+    /// Cross-entropy of the malignancy, before its weight.
+    pub classification: Option<f64>,
+    /// Consistency with its ramp, before its weight.
+    pub consistency: Option<f64>,
+    /// Norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// Mean Dice on the validation fold, at the network's resolution.
+    pub val_dice: Option<f64>,
+    /// AUC of the malignancy on the validation fold.
+    pub val_auc: Option<f64>,
+    /// The prior's weight of irregularity at the epoch's end; this and the next four absent where there is no
+    /// prior, or in files of earlier versions.
+    #[serde(default)]
+    pub prior_irregularity: Option<f64>,
+    /// The prior's weight of orientation.
+    #[serde(default)]
+    pub prior_orientation: Option<f64>,
+    /// The prior's weight of margin.
+    #[serde(default)]
+    pub prior_margin: Option<f64>,
+    /// The prior's weight of roundness.
+    #[serde(default)]
+    pub prior_roundness: Option<f64>,
+    /// The prior's bias.
+    #[serde(default)]
+    pub prior_bias: Option<f64>,
+    /// Time that the epoch took.
+    pub seconds: f64,
 }
 
 /// Trains, and writes the run's folder.
@@ -181,22 +210,27 @@ fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
         };
     }
     let config = Config::load(args.config, args.settings)?;
-    // Hidden files may be what a killed run left of a file that it was writing.
-    let hidden = |name: std::ffi::OsString| name.to_string_lossy().starts_with('.');
-    let used = match std::fs::read_dir(args.out) {
-        Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|e| !hidden(e.file_name()))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
-        Err(e) => return Err(Error::caused(args.out, "cannot be read", e)),
-    };
     if path.exists() {
         let problem = "already holds a run: go on with it (--resume) or choose another folder";
         return Err(Error::file(args.out, problem));
     }
+    new_or_empty(args.out)?;
+    Ok(config)
+}
+
+/// Refuses a folder with files in it. Hidden ones may be what a killed run left of a file that it was writing.
+pub(crate) fn new_or_empty(out: &Path) -> Result<()> {
+    let hidden = |name: std::ffi::OsString| name.to_string_lossy().starts_with('.');
+    let used = match std::fs::read_dir(out) {
+        Ok(mut entries) => entries.any(|entry| entry.is_ok_and(|e| !hidden(e.file_name()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+        Err(e) => return Err(Error::caused(out, "cannot be read", e)),
+    };
     if used {
         let problem = "expected a new or empty folder, found files in it";
-        return Err(Error::file(args.out, problem));
+        return Err(Error::file(out, problem));
     }
-    Ok(config)
+    Ok(())
 }
 
 /// The data of a run.
@@ -335,6 +369,7 @@ fn fit(cases: &[Case], examples: &[Example], fold: &Fold, config: &Config) -> Re
             PriorStart::Equal => Start::Equal,
         },
         free_sign: config.prior.free_sign,
+        left_out: Feature::ALL.map(|feature| !config.prior.features.contains(&feature)),
     };
     Prior::fit(&rows, &malignant, options)
 }
@@ -373,7 +408,7 @@ struct Run<'a> {
     queued: Option<Queued>,
     model: Model,
     position: Position,
-    rows: Vec<Row>,
+    rows: Vec<Epoch>,
 }
 
 impl<'a> Run<'a> {
@@ -487,10 +522,7 @@ impl<'a> Run<'a> {
         self.position = checkpoint.position;
         let path = self.out.join(METRICS);
         if path.is_file() {
-            let unreadable = |e: csv::Error| Error::caused(&path, "cannot be read", e);
-            let mut reader = csv::Reader::from_path(&path).map_err(unreadable)?;
-            let rows = reader.deserialize().collect::<Result<Vec<Row>, _>>();
-            self.rows = rows.map_err(unreadable)?;
+            self.rows = read_csv(&path)?;
             // A row may have been written just before the checkpoint that would have gone with it.
             let epoch = self.position.epoch;
             self.rows.retain(|row| row.epoch <= epoch);
@@ -665,7 +697,11 @@ impl<'a> Run<'a> {
             self.position.best = Some(score);
             self.position.best_epoch = epoch;
         }
-        let row = Row {
+        let prior = |k: usize| {
+            let weights = self.step.prior?.weight;
+            Some(f64::from(self.session.read(weights)[k]))
+        };
+        let row = Epoch {
             epoch,
             step,
             learning_rate: f64::from(values[control::LEARNING_RATE]),
@@ -678,20 +714,17 @@ impl<'a> Run<'a> {
             gradient_norm: means[5],
             val_dice: dice,
             val_auc: auc,
+            prior_irregularity: prior(0),
+            prior_orientation: prior(1),
+            prior_margin: prior(2),
+            prior_roundness: prior(3),
+            prior_bias: self
+                .step
+                .prior
+                .map(|prior| f64::from(self.session.read(prior.bias)[0])),
             seconds: started.elapsed().as_secs_f64(),
         };
-        let show = |name: &str, value: Option<f64>| {
-            value.map_or(String::new(), |value| format!("  {name} {value:.3}"))
-        };
-        self.report.line(&format!(
-            "epoch {epoch:>3}/{}  loss {:.4}{}{}  {:.1} s{}",
-            self.config.epochs,
-            row.loss,
-            show("validation Dice", dice),
-            show("AUC", auc),
-            row.seconds,
-            if better { "  best" } else { "" },
-        ));
+        self.report.epoch(&row, self.config.epochs, better);
         self.rows.push(row);
         if better {
             self.save(BEST)?;

@@ -115,6 +115,7 @@ impl TrainingStep {
             prior,
             stop_classifier: config.loss.stop_gradient == Stop::Classifier,
             stop_mask: config.loss.stop_gradient == Stop::Mask,
+            unweighted: !config.loss.confidence,
         });
         let loss = Loss {
             classification: config.loss.classification,
