@@ -1,40 +1,41 @@
 //! Self-contained HTML pages: text, tables, curves as SVG, images embedded as PNG. Nothing is
 //! fetched when one is opened, so a page can be mailed or kept.
 
-use std::fmt::Write as _;
+pub mod plot;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use plotters::prelude::*;
+use std::fmt::Write as _;
 
 use crate::data::image::Gray;
 use crate::error::{Error, Result};
 use crate::metrics::Mask;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use plot::{Axis, Plot, escape};
 
 /// Readable on a phone, on paper, in the light and in the dark.
 const STYLE: &str = "
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #ffffff; --line: #d5dae1; --soft: #5c6675; --plot: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --paper: #14181e; --line: #333b46; --soft: #9aa5b4; --plot: #f4f6f8; }
-}
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
-p { max-width: 44rem; }
+p, li { max-width: 44rem; }
+ul { padding-left: 1.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 .caption { color: var(--soft); margin: 1rem 0 .2rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; }
-figure svg { width: 100%; height: auto; background: var(--plot); border-radius: 4px; }
+figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 44rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem 1.5rem; }
+.plots figure { margin: 0; max-width: 40rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; height: auto; display: block; border-radius: 4px; background: #000; }
 code { font-size: .9em; }
-@media print { body { max-width: none; padding: 0; } .gallery { grid-template-columns: repeat(3, 1fr); } figure { break-inside: avoid; } }
+@media (max-width: 30rem) { body { padding: 1rem; } th, td { padding-right: .6rem; font-size: .9rem; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } .plots { grid-template-columns: repeat(2, 1fr); } .gallery { grid-template-columns: repeat(3, 1fr); } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } h2, .caption { break-after: avoid; } }
 ";
 
 /// A page in the making; [`Page::finish`] gives the HTML.
@@ -92,6 +93,22 @@ impl Page {
         ))
     }
 
+    /// A list of plain texts.
+    pub fn list(&mut self, items: &[String]) -> &mut Self {
+        let item = |text: &String| format!("<li>{}</li>", escape(text));
+        let items: String = items.iter().map(item).collect();
+        self.push(&format!("<ul>{items}</ul>"))
+    }
+
+    /// Figures beside each other where there is room, each SVG text with its caption.
+    pub fn plots(&mut self, plots: &[(String, String)]) -> &mut Self {
+        self.push("<div class=\"plots\">");
+        for (svg, caption) in plots {
+            self.figure(svg, caption);
+        }
+        self.push("</div>")
+    }
+
     /// Images side by side, each PNG bytes with its caption.
     pub fn gallery(&mut self, images: &[(Vec<u8>, String)]) -> &mut Self {
         let mut html = String::from("<div class=\"gallery\">");
@@ -112,7 +129,8 @@ impl Page {
         format!(
             "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-             <title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
+             <title>{title}</title>\n<style>{}{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n",
+            plot::style()
         )
     }
 
@@ -121,13 +139,6 @@ impl Page {
         self.body.push('\n');
         self
     }
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
 }
 
 /// A named line of a plot: points (x, y); non-finite ones are left out.
@@ -139,89 +150,27 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
-/// Colours that stay apart for readers with colour-vision deficiencies (Okabe and Ito).
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(150, 110, 0),
-];
-
 /// Line plot as SVG text; axes fit the data.
 ///
 /// # Errors
-/// [`Error::Argument`] if there is not a single finite point, or the plot cannot be drawn.
+/// [`Error::Argument`] if there is not a single finite point.
 pub fn curves(x_label: &str, y_label: &str, series: &[Series]) -> Result<String> {
-    let failed = |problem: String| Error::argument("plot", problem);
     let finite = |&(x, y): &(f64, f64)| x.is_finite() && y.is_finite();
     let points = || {
-        series
-            .iter()
-            .flat_map(|s| s.points.iter().copied().filter(finite))
+        let points = series.iter().flat_map(|s| s.points.iter().copied());
+        points.filter(finite)
     };
-    let bounds = |values: &mut dyn Iterator<Item = f64>| {
-        values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| {
-            (a.min(v), b.max(v))
-        })
+    let x = Axis::around(x_label, points().map(|p| p.0));
+    let y = Axis::around(y_label, points().map(|p| p.1));
+    let (Some(x), Some(y)) = (x, y) else {
+        let problem = format!("no finite points for {y_label}");
+        return Err(Error::argument("plot", problem));
     };
-    let (x0, x1) = bounds(&mut points().map(|p| p.0));
-    let (y0, y1) = bounds(&mut points().map(|p| p.1));
-    if x0 > x1 {
-        return Err(failed(format!("no finite points for {y_label}")));
+    let mut plot = Plot::new(x, y);
+    for (colour, line) in series.iter().enumerate() {
+        plot.name(colour, &line.name).line(colour, &line.points);
     }
-    let margin = ((y1 - y0) * 0.05).max(1e-3);
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (860, 340)).into_drawing_area();
-        let draw = || -> std::result::Result<(), Box<dyn std::error::Error + '_>> {
-            let mut chart = ChartBuilder::on(&area)
-                .margin(12)
-                .x_label_area_size(42)
-                .y_label_area_size(58)
-                .build_cartesian_2d(x0..x1.max(x0 + 1e-9), (y0 - margin)..(y1 + margin))?;
-            chart
-                .configure_mesh()
-                .x_desc(x_label)
-                .y_desc(y_label)
-                .x_label_formatter(&|x| format!("{}", (x * 1e3).round() / 1e3))
-                .light_line_style(TRANSPARENT)
-                .bold_line_style(BLACK.mix(0.12))
-                .label_style(("sans-serif", 15))
-                .draw()?;
-            for (i, s) in series.iter().enumerate() {
-                let colour = COLOURS[i % COLOURS.len()];
-                chart
-                    .draw_series(LineSeries::new(
-                        s.points.iter().copied().filter(finite),
-                        colour.stroke_width(2),
-                    ))?
-                    .label(s.name.clone())
-                    .legend(move |(x, y)| {
-                        PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3))
-                    });
-            }
-            // The legend goes where the lines do not end.
-            let ends = || series.iter().filter_map(|s| s.points.last()).map(|p| p.1);
-            let high = ends().sum::<f64>() > ends().count() as f64 * (y0 + y1) / 2.0;
-            let corner = match high {
-                true => SeriesLabelPosition::LowerRight,
-                false => SeriesLabelPosition::UpperRight,
-            };
-            chart
-                .configure_series_labels()
-                .position(corner)
-                .background_style(WHITE.mix(0.85))
-                .border_style(BLACK.mix(0.2))
-                .label_font(("sans-serif", 15))
-                .draw()?;
-            area.present()?;
-            Ok(())
-        };
-        draw().map_err(|e| failed(e.to_string()))?;
-    }
-    Ok(svg)
+    Ok(plot.finish(&format!("{y_label} by {x_label}")))
 }
 
 /// Colour of a predicted outline.
