@@ -27,7 +27,8 @@
 //! | [`metrics`] | segmentation and classification metrics with their statistics |
 //! | [`train`] | configuration, the training loop, checkpoints, evaluation, prediction |
 //! | [`profile`] | time of each step of a plan beside its bytes, its arithmetic and the machine's best |
-//! | [`report`] | self-contained HTML pages |
+//! | [`report`] | self-contained HTML pages and their plots |
+//! | [`study`] | several methods on several data sets, their statistics and report; searches, comparisons of runs |
 //! | [`cli`] | the commands of the program, one file each |
 //!
 //! # Three ideas that hold everywhere
@@ -85,6 +86,7 @@ pub mod ops;
 pub mod optim;
 pub mod profile;
 pub mod report;
+pub mod study;
 pub mod tape;
 pub mod tensor;
 pub mod train;

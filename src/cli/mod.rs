@@ -18,17 +18,20 @@ macro_rules! note {
     }};
 }
 
+pub mod compare;
 pub mod data;
 pub mod demo;
 pub mod doctor;
 pub mod evaluate;
 pub mod features;
 pub mod gradcheck;
+pub mod overview;
 pub mod pack;
 pub mod phantom;
 pub mod predict;
 pub mod profile;
 pub mod progress;
+pub mod study;
 pub mod summary;
 pub mod train;
 
@@ -80,6 +83,9 @@ enum Command {
     Train(train::Args),
     Evaluate(evaluate::Args),
     Predict(predict::Args),
+    Study(study::Args),
+    Search(study::SearchCommand),
+    Compare(compare::Args),
     Features(features::Args),
     Phantom(phantom::Args),
     Pack(pack::Args),
@@ -115,6 +121,9 @@ impl Cli {
             Command::Train(args) => args.run(),
             Command::Evaluate(args) => args.run(),
             Command::Predict(args) => args.run(),
+            Command::Study(args) => args.run(),
+            Command::Search(args) => args.run(),
+            Command::Compare(args) => args.run(),
             Command::Features(args) => args.run(),
             Command::Phantom(args) => args.run(),
             Command::Pack(args) => args.run(),

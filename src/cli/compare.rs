@@ -1,0 +1,74 @@
+//! `echograd compare`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::metrics_table;
+use crate::study::compare::compare;
+
+/// Set runs side by side: settings that differ, results on the same data
+///
+/// Takes the results in the runs' folders: validation, and those of `evaluate RUN --out RUN/NAME`, by their folders'
+/// names. Differences are of each later run to the first, on the images that both have.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Folders of runs
+    #[arg(value_name = "RUN", required = true, num_args = 2..)]
+    runs: Vec<PathBuf>,
+    /// Print everything as one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+impl Args {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// As [`compare`].
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let compared = compare(&self.runs)?;
+        if self.json {
+            super::print_json(&compared)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let number = |i: usize| format!("[{}]", i + 1);
+        for (i, run) in compared.runs.iter().enumerate() {
+            outln!("{} {run}", number(i));
+        }
+        for (key, values) in &compared.settings {
+            outln!("{key}: {}", values.join(" | "));
+        }
+        for (folder, results) in &compared.results {
+            outln!("\n{folder}");
+            let numbers: Vec<String> = (0..compared.runs.len()).map(number).collect();
+            let rows: Vec<_> = numbers
+                .iter()
+                .zip(&results.metrics)
+                .filter_map(|(name, metrics)| Some((name.as_str(), metrics.as_ref()?)))
+                .collect();
+            super::print(format_args!("{}", metrics_table(&rows)))?;
+            for comparison in &results.comparisons {
+                let place = compared.runs.iter().position(|run| *run == comparison.a);
+                let pair = format!("{} − [1]", number(place.unwrap_or_default()));
+                if let Some(dice) = &comparison.dice {
+                    let [low, high] = dice.difference.ci95.unwrap_or([f64::NAN; 2]);
+                    outln!(
+                        "{pair}: Dice {:+.3} ({low:+.3} to {high:+.3}), Wilcoxon p {:.4}, n {}",
+                        dice.difference.mean,
+                        dice.wilcoxon.p_value,
+                        dice.difference.n
+                    );
+                }
+                if let Some(auc) = &comparison.auc {
+                    let [low, high] = auc.ci95;
+                    outln!(
+                        "{pair}: AUC {:+.3} ({low:+.3} to {high:+.3}), DeLong p {:.4}",
+                        auc.delong.value,
+                        auc.delong.p_value
+                    );
+                }
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

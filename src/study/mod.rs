@@ -1,0 +1,559 @@
+//! Does consistency generalise? Several methods trained on folds of one data set and tested on others that none of
+//! them has seen, with the statistics that the question needs.
+//!
+//! [`study`] fills a folder:
+//!
+//! | | |
+//! |---|---|
+//! | `study.toml` | the plan: data, folds, seeds, every method's whole configuration ([`protocol`]) |
+//! | `manifest.json` | the data as found, program, device, what could not be computed and why |
+//! | `runs/ARM/fold-F_seed-S/` | a run as [`crate::train`] writes it, and its results on each data set in a folder of its name |
+//! | `per_image.csv` | all results, one row for each image and run |
+//! | `normals.csv` | pixels predicted in images without a lesion |
+//! | `statistics.json` | [`statistics::Statistics`] |
+//! | `report.html`, `figures/` | the same to read ([`page`]) |
+//!
+//! All methods see the same folds, seeds, steps and starting weights. The source's validation part chooses the epoch;
+//! threshold and weights are then fixed, and targets are only ever tested on. Everything reported is computed from the
+//! files of the runs, so a study that was stopped, however it was, goes on with what is there and ends in the
+//! same numbers. [`search`](mod@search) chooses settings on the source alone; [`compare`](mod@compare) sets any runs side by side.
+
+pub mod compare;
+pub mod page;
+pub mod protocol;
+pub mod search;
+pub mod statistics;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::image::write_atomically;
+use crate::data::split::{self, Fold};
+use crate::data::{self, Label, Source};
+use crate::device::simd::Level;
+use crate::error::{Error, Result};
+use crate::metrics::{PerImage, read_csv, write_csv};
+use crate::train::config::Device;
+use crate::train::evaluate::{examine, make_folder, write};
+use crate::train::run::{self, Epoch, METRICS, TrainArgs, VALIDATION, train};
+use crate::train::{Config, Model, Report, select, stop};
+use protocol::{DataSet, Protocol, Run, names};
+use statistics::{Measured, Statistics};
+
+/// Name of the plan.
+pub const PLAN: &str = "study.toml";
+/// Name of the file that says what a study was made from.
+pub const MANIFEST: &str = "manifest.json";
+/// Name of the file with a row for each image and run.
+pub const PER_IMAGE: &str = "per_image.csv";
+/// Name of the file with the false positives.
+pub const NORMALS: &str = "normals.csv";
+/// Name of the file with the statistics.
+pub const STATISTICS: &str = "statistics.json";
+/// Name of the page.
+pub const PAGE: &str = "report.html";
+
+/// What to study.
+#[derive(Clone, Copy, Debug)]
+pub struct StudyArgs<'a> {
+    /// The plan; with `resume` what was said of it, or `None` for the plan of the study in `out`.
+    pub plan: Option<&'a Protocol>,
+    /// The study's folder: new, empty, or with `resume` that of an earlier call.
+    pub out: &'a Path,
+    /// Go on where the study in `out` stopped.
+    pub resume: bool,
+}
+
+/// Where a run stands.
+#[derive(Clone, PartialEq, Debug)]
+pub enum State {
+    /// It is being trained.
+    Training,
+    /// Its network is being tested on the data set of that name.
+    Testing(String),
+    /// It is finished; mean Dice and AUC on its held-out part.
+    Done(Option<f64>, Option<f64>),
+    /// It will not be computed, for this reason.
+    Skipped(String),
+}
+
+/// Who watches a study.
+pub trait Watch: Report {
+    /// All runs that there will be, in their order.
+    fn begin(&self, plan: &Protocol, runs: &[Run]) {
+        let _ = (plan, runs);
+    }
+
+    /// A run has come to this.
+    fn state(&self, run: &Run, state: &State) {
+        match state {
+            State::Training => self.line(&format!("{run}: training")),
+            State::Testing(_) => {}
+            State::Done(dice, auc) => {
+                let show = |name: &str, value: &Option<f64>| {
+                    value.map_or(String::new(), |v| format!(", {name} {v:.3}"))
+                };
+                let (dice, auc) = (show("Dice", dice), show("AUC", auc));
+                self.line(&format!("{run}: done, held out{dice}{auc}"));
+            }
+            State::Skipped(reason) => self.line(&format!("{run}: not computed: {reason}")),
+        }
+    }
+}
+
+impl Watch for () {}
+
+/// Something that could not be computed, and why.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Missing {
+    /// What: a run, or a figure of a data set.
+    pub what: String,
+    /// Why not.
+    pub reason: String,
+}
+
+/// `manifest.json`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Program and version.
+    pub program: String,
+    /// Where it computes.
+    pub device: Device,
+    /// Instruction set of the kernels: results have the same bits where this is equal.
+    pub instruction_set: String,
+    /// The source first, then the targets.
+    pub data: Vec<DataSet>,
+    /// What could not be computed.
+    pub not_computed: Vec<Missing>,
+    /// The plan.
+    pub plan: Protocol,
+}
+
+/// What came out.
+#[derive(Clone, Debug)]
+pub struct Studied {
+    /// The plan.
+    pub plan: Protocol,
+    /// The statistics.
+    pub statistics: Statistics,
+    /// Whether a run that could have been computed failed.
+    pub failed: bool,
+}
+
+/// A data set in use.
+pub(crate) struct Opened {
+    pub(crate) name: String,
+    pub(crate) source: Box<dyn Source>,
+    /// The cases used.
+    pub(crate) subset: Vec<usize>,
+    pub(crate) description: DataSet,
+}
+
+/// Trains what is not trained yet, tests what is not tested yet, and writes the results.
+///
+/// # Errors
+/// [`Error::Argument`] for a plan or data that cannot be used at all, a target that shares images with the source, or
+/// an `out` that already holds something; [`Error::File`] for files that cannot be read or written, and for a source
+/// that is not what the study began with; [`Error::Device`]; [`Error::Interrupted`], after saving. A run that fails
+/// otherwise is reported, and the others go on; if none succeeds, its error is returned.
+pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Studied> {
+    let plan = plan(args)?;
+    let sets = open(&plan, watch, interrupt)?;
+    apart(&sets)?;
+    let folds = folds(&plan, &sets[0])?;
+    make_folder(args.out)?;
+    let mut manifest = Manifest {
+        program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
+        device: plan.methods[0].config.device,
+        instruction_set: Level::current().name().into(),
+        data: sets.iter().map(|set| set.description.clone()).collect(),
+        not_computed: Vec::new(),
+        plan: plan.clone(),
+    };
+    let path = args.out.join(MANIFEST);
+    if args.resume && path.is_file() {
+        unchanged(args.out, &read_json::<Manifest>(&path)?, &manifest, watch)?;
+    }
+    write_atomically(&args.out.join(PLAN), plan.to_toml().as_bytes())?;
+    write_json(&path, &manifest)?;
+
+    let runs = plan.runs();
+    watch.begin(&plan, &runs);
+    let (mut done, mut first_error) = (Vec::new(), None);
+    for run in &runs {
+        stop(interrupt)?;
+        let skip = |reason: String, missing: &mut Vec<Missing>| {
+            watch.state(run, &State::Skipped(reason.clone()));
+            missing.push(Missing {
+                what: run.to_string(),
+                reason,
+            });
+        };
+        if let Some(reason) = unfit(&plan.config(run), &sets[0], &folds[run.fold]) {
+            skip(reason, &mut manifest.not_computed);
+            continue;
+        }
+        match one(&plan, run, args.out, &sets, watch, interrupt) {
+            Ok(()) => done.push(run.clone()),
+            // What stops one run stops them all, or is for the user to decide.
+            Err(error @ (Error::Interrupted | Error::File { .. } | Error::Device { .. })) => {
+                return Err(error);
+            }
+            Err(error) => {
+                skip(error.to_string(), &mut manifest.not_computed);
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    if done.is_empty() {
+        let problem = "expected a run that can be computed, found none";
+        return Err(first_error.unwrap_or_else(|| {
+            let reason = manifest.not_computed.first();
+            let reason = reason.map_or(String::new(), |m| format!(" ({}: {})", m.what, m.reason));
+            Error::argument("--arms", format!("{problem}{reason}"))
+        }));
+    }
+    let measured = measured(args.out, &done, &sets)?;
+    let descriptions: Vec<&DataSet> = sets.iter().map(|set| &set.description).collect();
+    let mut statistics = Statistics::of(&plan, &measured, &descriptions);
+    manifest
+        .not_computed
+        .extend(statistics.not_computed.clone());
+    statistics.not_computed.clone_from(&manifest.not_computed);
+    write_rows(args.out, &measured)?;
+    write_json(&args.out.join(STATISTICS), &statistics)?;
+    write_json(&path, &manifest)?;
+    let histories = histories(args.out, &done)?;
+    page::write(
+        args.out,
+        &manifest,
+        &statistics,
+        &measured,
+        &histories,
+        &sets,
+    )?;
+    Ok(Studied {
+        plan,
+        statistics,
+        failed: first_error.is_some(),
+    })
+}
+
+fn plan(args: &StudyArgs<'_>) -> Result<Protocol> {
+    let path = args.out.join(PLAN);
+    if !args.resume {
+        claim(args.out, PLAN, "a study")?;
+        let problem = "expected a source and targets, found none";
+        let plan = args
+            .plan
+            .ok_or_else(|| Error::argument("--source", problem))?;
+        return Ok(plan.clone());
+    }
+    if !path.is_file() {
+        let problem = format!("expected the folder of a study to resume, found no {PLAN} in it");
+        return Err(Error::file(args.out, problem));
+    }
+    let own = Protocol::read(&path)?;
+    match args.plan.and_then(|asked| own.difference(asked)) {
+        None => Ok(own),
+        Some((key, ours, theirs)) => {
+            let problem = format!("expected {ours}, as the study to resume has it, found {theirs}");
+            Err(Error::argument(key, problem))
+        }
+    }
+}
+
+/// Refuses a folder that holds something.
+pub(crate) fn claim(out: &Path, marker: &str, what: &str) -> Result<()> {
+    if out.join(marker).exists() {
+        let problem =
+            format!("already holds {what}: go on with it (--resume) or choose another folder");
+        return Err(Error::file(out, problem));
+    }
+    run::new_or_empty(out)
+}
+
+fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Vec<Opened>> {
+    let specs: Vec<&str> = [plan.source.as_str()]
+        .into_iter()
+        .chain(plan.targets.iter().map(String::as_str))
+        .collect();
+    let mut sources = Vec::new();
+    for (i, spec) in specs.iter().enumerate() {
+        watch.progress("opening data", i as u64, specs.len() as u64, spec);
+        stop(interrupt)?;
+        sources.push(data::open(spec)?);
+    }
+    let known: Vec<(&str, &str)> = sources
+        .iter()
+        .zip(&specs)
+        .map(|(source, spec)| (source.name(), *spec))
+        .collect();
+    let names = names(&known);
+    let drop_duplicates = plan.methods.iter().any(|m| m.config.drop_duplicates);
+    let opened = sources.into_iter().zip(&specs).zip(names);
+    opened
+        .map(|((source, spec), name)| {
+            stop(interrupt)?;
+            let (subset, drops) = select(&*source, drop_duplicates, watch);
+            let description = DataSet::of(&name, spec, &*source, &subset, drops)?;
+            Ok(Opened {
+                name,
+                source,
+                subset,
+                description,
+            })
+        })
+        .collect()
+}
+
+/// Refuses targets that hold images of the source: a network would be tested on what it was trained on.
+fn apart(sets: &[Opened]) -> Result<()> {
+    let source = sets[0].source.cases();
+    let own: HashMap<&str, &str> = source
+        .iter()
+        .map(|case| (case.sha256.as_str(), case.image.as_str()))
+        .collect();
+    for target in &sets[1..] {
+        let cases = target.source.cases().iter();
+        let shared: Vec<(&str, &str)> = cases
+            .filter_map(|case| Some((case.image.as_str(), *own.get(case.sha256.as_str())?)))
+            .collect();
+        if let Some((theirs, ours)) = shared.first() {
+            let problem = format!(
+                "expected images that are not in the source {}, found {}: {theirs} is its {ours}",
+                sets[0].description.data,
+                shared.len()
+            );
+            return Err(Error::argument(&target.description.data, problem));
+        }
+    }
+    Ok(())
+}
+
+/// The folds that [`train`] will make.
+fn folds(plan: &Protocol, source: &Opened) -> Result<Vec<Fold>> {
+    let cases = source.source.cases();
+    let mut lesions = source.subset.clone();
+    lesions.retain(|&i| cases[i].label.is_lesion());
+    split::folds(
+        cases,
+        &lesions,
+        plan.folds,
+        plan.methods[0].config.fold_seed,
+    )
+}
+
+/// Why a run cannot be computed on its fold.
+fn unfit(config: &Config, source: &Opened, fold: &Fold) -> Option<String> {
+    let cases = source.source.cases();
+    for (part, name) in [(&fold.train, "training"), (&fold.validation, "held-out")] {
+        let malignant = part.iter().filter(|&&i| cases[i].label == Label::Malignant);
+        let (n, malignant) = (part.len(), malignant.count());
+        if n == 0 {
+            return Some(format!("the {name} part of the fold has no lesions"));
+        }
+        if config.arm.classifies() && (malignant == 0 || malignant == n) {
+            return Some(format!(
+                "the {name} part of the fold has {malignant} malignant of {n} lesions, and classifying needs both"
+            ));
+        }
+    }
+    None
+}
+
+/// Compares what a study began with and what there is now. Results on a target that changed are computed anew; a
+/// source that changed is another study.
+fn unchanged(out: &Path, before: &Manifest, now: &Manifest, watch: &dyn Watch) -> Result<()> {
+    for (i, (was, is)) in before.data.iter().zip(&now.data).enumerate() {
+        let Some(change) = was.change(is) else {
+            continue;
+        };
+        if i == 0 {
+            let problem = format!("expected the images that the study began with, found {change}");
+            return Err(Error::argument(&is.data, problem));
+        }
+        watch.line(&format!(
+            "{} has changed, testing on it again: {change}",
+            is.data
+        ));
+        for run in now.plan.runs() {
+            let path = run.folder(out).join(&is.name).join(RESULTS);
+            match std::fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::caused(&path, "cannot be removed", e));
+                }
+                _ => {}
+            }
+        }
+    }
+    if before.instruction_set != now.instruction_set {
+        watch.line(&format!(
+            "resumed with {} instructions, begun with {}: results may differ in their last bits",
+            now.instruction_set, before.instruction_set
+        ));
+    }
+    Ok(())
+}
+
+/// The file that is written last of all results on a data set.
+const RESULTS: &str = "metrics.json";
+
+/// Trains and tests one run, as far as it is not done.
+fn one(
+    plan: &Protocol,
+    run: &Run,
+    out: &Path,
+    sets: &[Opened],
+    watch: &dyn Watch,
+    interrupt: &AtomicBool,
+) -> Result<()> {
+    let folder = run.folder(out);
+    if !is_trained(&folder) {
+        watch.state(run, &State::Training);
+        go_on(&folder, &plan.config(run), watch, interrupt)?;
+    }
+    let mut model = None;
+    for (i, set) in sets.iter().enumerate() {
+        let folder = folder.join(&set.name);
+        if folder.join(RESULTS).is_file() {
+            continue;
+        }
+        watch.state(run, &State::Testing(set.name.clone()));
+        let model = match &mut model {
+            Some(model) => model,
+            none => none.insert(Model::open(&run.folder(out))?),
+        };
+        let subset = match i {
+            0 => unseen(set, &run.folder(out))?,
+            _ => set.subset.clone(),
+        };
+        let rows = examine(model, &*set.source, &subset, watch, interrupt)?;
+        make_folder(&folder)?;
+        write_csv(&folder.join(NORMALS), &normals(&rows))?;
+        write(&folder, &set.name, &rows)?;
+    }
+    let rows = rows(&folder, &sets[0].name)?;
+    let dice: Vec<f64> = rows.iter().filter_map(|row| row.dice).collect();
+    let diagnoses: Vec<_> = rows.iter().filter_map(PerImage::diagnosis).collect();
+    let auc = crate::metrics::classification::Auc::of(&diagnoses);
+    let dice = crate::metrics::statistics::mean(&dice);
+    watch.state(run, &State::Done(dice, auc.map(|auc| auc.value)));
+    Ok(())
+}
+
+/// Whether a run's training is over.
+fn is_trained(run: &Path) -> bool {
+    run.join(VALIDATION).join(RESULTS).is_file()
+}
+
+/// Trains a run from where it stands.
+fn go_on(run: &Path, config: &Config, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<()> {
+    let args = TrainArgs {
+        out: run,
+        config: None,
+        settings: &config.settings(),
+        resume: run.join(crate::train::model::CONFIG).is_file(),
+    };
+    train(&args, watch, interrupt).map(drop)
+}
+
+/// The source's images that a run was not trained on: its held-out part, and those without a lesion.
+fn unseen(source: &Opened, run: &Path) -> Result<Vec<usize>> {
+    let manifest = run::Manifest::read(&run.join(run::MANIFEST))?;
+    let seen: HashSet<&str> = manifest.train.iter().map(|i| i.sha256.as_str()).collect();
+    let cases = source.source.cases();
+    let mut subset = source.subset.clone();
+    subset.retain(|&i| !seen.contains(cases[i].sha256.as_str()));
+    Ok(subset)
+}
+
+/// A row of `normals.csv`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Normal {
+    /// The data set.
+    pub dataset: String,
+    /// The image.
+    pub image: String,
+    /// Pixels predicted in it, at its own resolution.
+    pub false_positive_area: usize,
+}
+
+fn normals(rows: &[PerImage]) -> Vec<Normal> {
+    let of = |row: &PerImage| {
+        Some(Normal {
+            dataset: row.dataset.clone(),
+            image: row.image.clone(),
+            false_positive_area: row.false_positive_area?,
+        })
+    };
+    rows.iter().filter_map(of).collect()
+}
+
+/// Results of a run on the data set of that name.
+fn rows(run: &Path, name: &str) -> Result<Vec<PerImage>> {
+    let folder = run.join(name);
+    let mut rows: Vec<PerImage> = read_csv(&folder.join("per_image.csv"))?;
+    let normals: Vec<Normal> = read_csv(&folder.join(NORMALS))?;
+    let areas: HashMap<&str, usize> = normals
+        .iter()
+        .map(|normal| (normal.image.as_str(), normal.false_positive_area))
+        .collect();
+    for row in &mut rows {
+        name.clone_into(&mut row.dataset);
+        row.false_positive_area = areas.get(row.image.as_str()).copied();
+    }
+    Ok(rows)
+}
+
+fn measured(out: &Path, runs: &[Run], sets: &[Opened]) -> Result<Vec<Measured>> {
+    let mut measured = Vec::new();
+    for run in runs {
+        for (set, opened) in sets.iter().enumerate() {
+            measured.push(Measured {
+                run: run.clone(),
+                set,
+                rows: rows(&run.folder(out), &opened.name)?,
+            });
+        }
+    }
+    Ok(measured)
+}
+
+/// What happened in training, by run.
+pub(crate) type Histories = BTreeMap<Run, Vec<Epoch>>;
+
+fn histories(out: &Path, runs: &[Run]) -> Result<Histories> {
+    let history = |run: &Run| Ok((run.clone(), read_csv(&run.folder(out).join(METRICS))?));
+    runs.iter().map(history).collect()
+}
+
+fn write_rows(out: &Path, measured: &[Measured]) -> Result<()> {
+    let of_run = |m: &Measured| -> Vec<(Run, PerImage)> {
+        let row = |row: &PerImage| (m.run.clone(), row.clone());
+        m.rows.iter().map(row).collect()
+    };
+    let rows: Vec<(Run, PerImage)> = measured.iter().flat_map(of_run).collect();
+    write_csv(&out.join(PER_IMAGE), &rows)?;
+    let of_run = |m: &Measured| -> Vec<(Run, Normal)> {
+        let normals = normals(&m.rows).into_iter();
+        normals.map(|normal| (m.run.clone(), normal)).collect()
+    };
+    let normals: Vec<(Run, Normal)> = measured.iter().flat_map(of_run).collect();
+    write_csv(&out.join(NORMALS), &normals)
+}
+
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut json = serde_json::to_vec_pretty(value)
+        .map_err(|e| Error::caused(path, "cannot be written as JSON", e))?;
+    json.push(b'\n');
+    write_atomically(path, &json)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = std::fs::read(path).map_err(|e| Error::caused(path, "cannot be read", e))?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::caused(path, "expected a manifest", e))
+}

@@ -1,0 +1,971 @@
+//! The report of a study: one page without references to anything outside of it, and its figures as files.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::protocol::{Method, Run};
+use super::statistics::{
+    ArmStatistics, Comparison, DataSetStatistics, Effect, Measured, Statistics, averaged,
+};
+use super::{Histories, Manifest, Opened, PAGE};
+use crate::data::image::{png_rgb_bytes, write_atomically};
+use crate::data::letterbox::quantise;
+use crate::data::{self, Label};
+use crate::error::Result;
+use crate::features::ShapeFeatures;
+use crate::metrics::statistics::{Summary, mean, quantile};
+use crate::metrics::{Mask, PerImage};
+use crate::report::plot::{Axis, Plot, rgb, standalone};
+use crate::report::{Page, overlay};
+use crate::train::evaluate::make_folder;
+use crate::train::run::Epoch;
+use crate::train::{Config, Model};
+
+/// Dice on external data as the paper gives it (arXiv 2511.15968): data set, multi-task, with consistency.
+const PAPER: [(&str, &str, f64, f64); 3] = [
+    ("udiat", "UDIAT", 0.59, 0.81),
+    ("busi", "BUSI", 0.56, 0.66),
+    ("uclm", "BUS-UCLM", 0.49, 0.69),
+];
+
+/// Colour of true outlines.
+const TRUTH: [u8; 3] = [255, 255, 255];
+
+/// What the page is made from.
+struct Material<'a> {
+    manifest: &'a Manifest,
+    statistics: &'a Statistics,
+    measured: &'a [Measured],
+    histories: &'a Histories,
+}
+
+/// Writes `report.html` and `figures/`.
+///
+/// # Errors
+/// [`crate::Error::File`] if they cannot be written, or what the cases are drawn from cannot be read.
+pub(super) fn write(
+    out: &Path,
+    manifest: &Manifest,
+    statistics: &Statistics,
+    measured: &[Measured],
+    histories: &Histories,
+    sets: &[Opened],
+) -> Result<()> {
+    let material = Material {
+        manifest,
+        statistics,
+        measured,
+        histories,
+    };
+    let sections = material.figures();
+    let folder = out.join("figures");
+    make_folder(&folder)?;
+    for figure in sections.iter().flat_map(|(_, _, figures)| figures) {
+        let path = folder.join(format!("{}.svg", figure.file));
+        write_atomically(&path, standalone(&figure.svg).as_bytes())?;
+    }
+    let mut page = Page::new("Does consistency generalise?");
+    material.opening(&mut page);
+    material.tables(&mut page);
+    for (heading, text, figures) in sections {
+        if figures.is_empty() {
+            continue;
+        }
+        page.section(heading).paragraph(text);
+        let plots: Vec<_> = figures.into_iter().map(|f| (f.svg, f.caption)).collect();
+        page.plots(&plots);
+    }
+    material.cases(&mut page, out, sets)?;
+    material.closing(&mut page);
+    write_atomically(&out.join(PAGE), page.finish().as_bytes())
+}
+
+/// A figure of the page.
+struct Figure {
+    file: String,
+    svg: String,
+    caption: String,
+}
+
+impl Figure {
+    fn new(file: String, plot: &Plot, caption: String) -> Self {
+        Self {
+            svg: plot.finish(&caption),
+            file,
+            caption,
+        }
+    }
+}
+
+/// A heading, what there is to say, and the figures.
+type Section = (&'static str, &'static str, Vec<Figure>);
+
+fn figure(value: Option<f64>) -> String {
+    value.map_or("–".into(), |v| format!("{v:.3}"))
+}
+
+fn interval(value: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+    match (value, ci95) {
+        (Some(value), Some([low, high])) => format!("{value:.3} ({low:.3} to {high:.3})"),
+        (value, _) => figure(value),
+    }
+}
+
+fn summary(summary: Option<&Summary>) -> String {
+    interval(summary.map(|s| s.mean), summary.and_then(|s| s.ci95))
+}
+
+fn p_value(p: Option<f64>) -> String {
+    match p {
+        None => "–".into(),
+        Some(p) if p < 1e-4 => "< 0.0001".into(),
+        Some(p) => format!("{p:.4}"),
+    }
+}
+
+impl Material<'_> {
+    fn methods(&self) -> impl Iterator<Item = (usize, &Method)> {
+        self.manifest.plan.methods.iter().enumerate()
+    }
+
+    fn segmenting(&self) -> impl Iterator<Item = (usize, &Method)> {
+        self.methods().filter(|(_, m)| m.config.arm.segments())
+    }
+
+    /// The last method that has both a mask and a probability, else the last with a mask.
+    fn main_method(&self) -> Option<(usize, &Method)> {
+        let arms = |m: &Method| {
+            super::protocol::ARMS
+                .iter()
+                .any(|(name, _)| *name == m.name)
+        };
+        let both = |m: &Method| m.config.arm.segments() && m.config.arm.classifies();
+        let of =
+            |wanted: &dyn Fn(&Method) -> bool| self.methods().filter(|(_, m)| wanted(m)).last();
+        of(&|m| both(m) && arms(m))
+            .or_else(|| of(&|m| both(m)))
+            .or_else(|| self.segmenting().last())
+    }
+
+    fn arm<'a>(&self, set: &'a DataSetStatistics, method: &Method) -> Option<&'a ArmStatistics> {
+        set.arms.get(&method.name)
+    }
+
+    /// Rows of one method on one data set, over all runs.
+    fn rows<'a>(&'a self, set: usize, arm: &'a str) -> impl Iterator<Item = &'a PerImage> {
+        let of_arm = self.measured.iter();
+        let of_arm = of_arm.filter(move |m| m.set == set && m.run.arm == arm);
+        of_arm.flat_map(|m| &m.rows)
+    }
+
+    /// One row for each image of one method on one data set.
+    fn images(&self, set: usize, arm: &str) -> Vec<PerImage> {
+        averaged(self.rows(set, arm)).into_values().collect()
+    }
+
+    fn opening(&self, page: &mut Page) {
+        let plan = &self.manifest.plan;
+        let [source, targets @ ..] = &self.manifest.data[..] else {
+            return;
+        };
+        let describe = |set: &super::protocol::DataSet| {
+            let [benign, malignant, normal] = set.cases;
+            format!(
+                "{} ({benign} benign, {malignant} malignant, {normal} normal)",
+                set.name
+            )
+        };
+        let targets: Vec<String> = targets.iter().map(describe).collect();
+        let count = |n: usize, what: &str| match n {
+            1 => format!("1 {what}"),
+            n => format!("{n} {what}s"),
+        };
+        page.paragraph(&format!(
+            "{} trained on {}, in {} and {}, and tested on {} without any fine-tuning. Every method saw the same folds, \
+             steps and starting weights; the held-out part of each fold chose the epoch and nothing else; the threshold is \
+             0.5 throughout. Networks of preset {}, {}×{} pixels, {}.",
+            count(plan.methods.len(), "method"),
+            describe(source),
+            count(plan.folds, "fold"),
+            count(plan.seeds.len(), "seed"),
+            targets.join(", "),
+            toml_name(&plan.methods[0].config.preset),
+            plan.methods[0].config.size,
+            plan.methods[0].config.size,
+            count(plan.methods[0].config.epochs as usize, "epoch"),
+        ));
+        page.paragraph(
+            "An image's figures are averaged over the runs tested on it before anything is summarised or compared: \
+             every run on a target, the runs that held the image out on the source. Brackets hold 95% intervals: of \
+             means by a bootstrap that draws whole patients where they are known, of AUCs by DeLong. An empty mask has \
+             Dice 0 and a distance of the image's diagonal. Research software: nothing here is for decisions about patients.",
+        );
+    }
+
+    fn tables(&self, page: &mut Page) {
+        page.section("What came out");
+        for set in &self.statistics.datasets {
+            let rows: Vec<Vec<String>> = self
+                .methods()
+                .filter_map(|(_, method)| Some((method, self.arm(set, method)?)))
+                .map(|(method, arm)| outcome(method, arm))
+                .collect();
+            let caption = match set.role {
+                "source" => format!("{}, held out: {} images", set.dataset, set.n),
+                _ => format!("{}, never seen: {} images", set.dataset, set.n),
+            };
+            let head = [
+                "method",
+                "Dice",
+                "median",
+                "Dice of runs",
+                "HD95 px",
+                "ASSD px",
+                "AUC",
+                "sens.",
+                "spec.",
+                "Brier",
+                "ECE",
+                "normals with a lesion",
+            ];
+            page.table(&caption, &head, &rows);
+        }
+        self.paper(page);
+        self.comparisons(page);
+        self.interference(page);
+        self.strata(page);
+        self.flags(page);
+    }
+
+    fn paper(&self, page: &mut Page) {
+        let ours = |set: &str, arm: &str| {
+            let found = self.statistics.datasets.iter();
+            let mut found = found.filter(|s| s.role == "target" && s.dataset == set);
+            let arm = found.next()?.arms.get(arm)?;
+            arm.metrics.segmentation.as_ref().map(|s| s.dice)
+        };
+        let rows: Vec<Vec<String>> = PAPER
+            .into_iter()
+            .map(|(set, name, multitask, consistency)| {
+                vec![
+                    name.to_owned(),
+                    format!("{multitask:.2}"),
+                    format!("{consistency:.2}"),
+                    summary(ours(set, "multitask").as_ref()),
+                    summary(ours(set, "consistency").as_ref()),
+                ]
+            })
+            .collect();
+        page.section("Beside the paper").table(
+            "Mean Dice on external data. The paper's columns are quoted from it (arXiv 2511.15968, trained on BrEaST) and were \
+             not measured here; its formulas and schedule are not public, so these are two systems and not two runs of one.",
+            &["data set", "paper, multi-task", "paper, consistency", "here, multi-task", "here, consistency"],
+            &rows,
+        );
+    }
+
+    fn comparisons(&self, page: &mut Page) {
+        let each = || {
+            let sets = self.statistics.datasets.iter();
+            sets.flat_map(|set| set.comparisons.iter().map(move |c| (set, c)))
+        };
+        let pair = |c: &Comparison| format!("{} − {}", c.a, c.b);
+        let dice: Vec<Vec<String>> = each()
+            .filter_map(|(set, c)| {
+                let d = c.dice.as_ref()?;
+                Some(vec![
+                    pair(c),
+                    set.dataset.clone(),
+                    d.difference.n.to_string(),
+                    summary(Some(&d.difference)),
+                    interval(Some(d.hodges_lehmann.value), d.hodges_lehmann.ci95),
+                    figure(d.rank_biserial),
+                    p_value(Some(d.wilcoxon.p_value)),
+                    p_value(d.holm),
+                    p_value(d.by_patient.map(|w| w.p_value)),
+                ])
+            })
+            .collect();
+        let auc: Vec<Vec<String>> = each()
+            .filter_map(|(set, c)| {
+                let a = c.auc.as_ref()?;
+                Some(vec![
+                    pair(c),
+                    set.dataset.clone(),
+                    interval(Some(a.delong.value), Some(a.ci95)),
+                    p_value(Some(a.delong.p_value)),
+                    p_value(a.holm),
+                ])
+            })
+            .collect();
+        if dice.is_empty() && auc.is_empty() {
+            return;
+        }
+        page.section("Is it chance?");
+        if !dice.is_empty() {
+            page.table(
+                "Differences of Dice, image by image. Centre: Hodges–Lehmann. r: matched-pairs rank-biserial correlation, 1 if \
+                 every image gains. p: Wilcoxon signed-rank, then corrected by Holm over the data sets, then of differences \
+                 averaged by patient.",
+                &["difference", "data set", "n", "mean", "centre", "r", "p", "p, Holm", "p by patient"],
+                &dice,
+            );
+        }
+        if !auc.is_empty() {
+            page.table(
+                "Differences of the AUC, by DeLong's test for the same images.",
+                &["difference", "data set", "AUC", "p", "p, Holm"],
+                &auc,
+            );
+        }
+    }
+
+    fn interference(&self, page: &mut Page) {
+        let row = |set: &DataSetStatistics, what: &str, effect: Option<Effect>| {
+            let effect = effect?;
+            Some(vec![
+                format!("{}, {what}", set.dataset),
+                format!("{:+.3}", effect.interference),
+                effect.won_back.map_or("–".into(), |v| format!("{v:+.3}")),
+                effect
+                    .share
+                    .map_or("–".into(), |v| format!("{:.0}%", 100.0 * v)),
+            ])
+        };
+        let rows: Vec<Vec<String>> = self
+            .statistics
+            .datasets
+            .iter()
+            .filter_map(|set| Some((set, set.interference.as_ref()?)))
+            .flat_map(|(set, i)| [row(set, "Dice", i.dice), row(set, "AUC", i.auc)])
+            .flatten()
+            .collect();
+        if !rows.is_empty() {
+            page.section("Do the tasks disturb each other?").table(
+                "Interference: multi-task less the task alone; below 0, learning both costs something. Won back: what \
+                 consistency adds to multi-task, also as a share of the loss where there is one.",
+                &["figure", "interference", "won back", "share"],
+                &rows,
+            );
+        }
+    }
+
+    fn strata(&self, page: &mut Page) {
+        let parts = ["benign", "malignant", "small", "medium", "large"];
+        let mut rows = Vec::new();
+        for set in &self.statistics.datasets {
+            for (_, method) in self.segmenting() {
+                let Some(arm) = self.arm(set, method) else {
+                    continue;
+                };
+                let dice = |part: &&str| summary(arm.strata.get(part));
+                let cells = parts.iter().map(dice);
+                rows.push(
+                    [set.dataset.clone(), method.name.clone()]
+                        .into_iter()
+                        .chain(cells)
+                        .collect(),
+                );
+            }
+        }
+        if !rows.is_empty() {
+            page.section("Where does it work?").table(
+                "Dice by diagnosis, and by thirds of the lesion's share of the image.",
+                &[
+                    "data set",
+                    "method",
+                    "benign",
+                    "malignant",
+                    "small",
+                    "medium",
+                    "large",
+                ],
+                &rows,
+            );
+        }
+    }
+
+    fn flags(&self, page: &mut Page) {
+        let mut rows = Vec::new();
+        for set in &self.statistics.datasets {
+            for (_, method) in self.methods() {
+                let flags = self.arm(set, method).and_then(|arm| arm.flags.as_ref());
+                let Some(flags) = flags else {
+                    continue;
+                };
+                let auc = |auc: Option<crate::metrics::classification::Auc>| {
+                    interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95))
+                };
+                rows.push(vec![
+                    set.dataset.clone(),
+                    method.name.clone(),
+                    format!("{} of {}", flags.wrong, flags.n),
+                    auc(flags.disagreement_with_prior),
+                    auc(flags.ambiguity),
+                    auc(flags.disagreement_of_runs),
+                ]);
+            }
+        }
+        if !rows.is_empty() {
+            page.section("Can a wrong diagnosis be told?").table(
+                "AUC with which a signal finds wrong diagnoses: |p − φ|, that the mask's shape contradicts them; ambiguity, that \
+                 p is near 0.5, which any other signal must beat; that p differs between runs.",
+                &["data set", "method", "wrong", "|p − φ|", "ambiguity", "between runs"],
+                &rows,
+            );
+        }
+    }
+
+    fn figures(&self) -> Vec<Section> {
+        let per_set = |make: &dyn Fn(usize, &DataSetStatistics) -> Option<Figure>| -> Vec<Figure> {
+            let sets = self.statistics.datasets.iter().enumerate();
+            sets.filter_map(|(i, set)| make(i, set)).collect()
+        };
+        vec![
+            (
+                "Dice by method",
+                "Boxes from quartile to quartile with the median, lines from the 5th to the 95th percentile, the mean as a dot.",
+                per_set(&|i, set| self.boxes(i, set)),
+            ),
+            (
+                "Differences of Dice",
+                "Mean differences of the same images with their 95% intervals, whole and by part of the data. Right of 0, the first \
+                 method is better.",
+                self.forests(),
+            ),
+            (
+                "Telling malignant from benign",
+                "ROC curves, and how often lesions given a probability are malignant; points right below the diagonal are overconfident.",
+                [
+                    per_set(&|_, set| self.roc(set)),
+                    per_set(&|_, set| self.calibration(set)),
+                ]
+                .into_iter()
+                .flatten()
+                .collect(),
+            ),
+            (
+                "Training",
+                "Means over the runs that reach an epoch.",
+                self.training(),
+            ),
+            (
+                "The prior",
+                "What the mask's shape suggests (φ) against what the classifier says (p), and the weights of φ under their BI-RADS names.",
+                per_set(&|i, set| self.phi(i, set))
+                    .into_iter()
+                    .chain(self.weights())
+                    .collect(),
+            ),
+            (
+                "Features of the predicted masks",
+                "By diagnosis and data set; boxes as above.",
+                self.features(),
+            ),
+        ]
+    }
+
+    fn boxes(&self, index: usize, set: &DataSetStatistics) -> Option<Figure> {
+        let methods: Vec<_> = self.segmenting().collect();
+        let names: Vec<String> = methods.iter().map(|(_, m)| m.name.clone()).collect();
+        let mut plot = Plot::new(Axis::places("", &names), Axis::unit("Dice"));
+        let mut any = false;
+        for (place, (colour, method)) in methods.iter().enumerate() {
+            let images = self.images(index, &method.name);
+            let dice: Vec<f64> = images.iter().filter_map(|row| row.dice).collect();
+            if let Some(values) = five(&dice) {
+                plot.bar(*colour, place as f64, 0.5, values);
+                any = true;
+            }
+        }
+        let caption = format!("Dice on {}", set.dataset);
+        any.then(|| Figure::new(format!("dice-{}", set.dataset), &plot, caption))
+    }
+
+    fn forests(&self) -> Vec<Figure> {
+        let mut figures = Vec::new();
+        for set in &self.statistics.datasets {
+            for c in &set.comparisons {
+                let Some(d) = &c.dice else {
+                    continue;
+                };
+                let parts = ["all", "benign", "malignant", "small", "medium", "large"];
+                let of = |part: &&str| match *part {
+                    "all" => Some(&d.difference),
+                    part => d.strata.get(part),
+                };
+                let range = |s: &Summary| {
+                    let [low, high] = s.ci95.unwrap_or([s.mean; 2]);
+                    [low, s.mean, high]
+                };
+                let found: Vec<(&str, [f64; 3])> = parts
+                    .iter()
+                    .rev()
+                    .filter_map(|part| Some((*part, range(of(part)?))))
+                    .collect();
+                let ends = found.iter().flat_map(|(_, range)| *range).chain([0.0]);
+                let Some(x) = Axis::around(&format!("Dice, {} − {}", c.a, c.b), ends) else {
+                    continue;
+                };
+                let names: Vec<String> = found.iter().map(|(part, _)| (*part).to_owned()).collect();
+                let mut plot = Plot::new(x, Axis::places("", &names));
+                plot.guide(&[(0.0, -0.5), (0.0, names.len() as f64 - 0.5)]);
+                let colour = self
+                    .methods()
+                    .find(|(_, m)| m.name == c.a)
+                    .map_or(0, |(i, _)| i);
+                for (place, (_, range)) in found.iter().enumerate() {
+                    plot.range(colour, place as f64, *range);
+                }
+                let caption = format!("{} against {} on {}", c.a, c.b, set.dataset);
+                let file = format!("difference-{}-{}-{}", c.a, c.b, set.dataset);
+                figures.push(Figure::new(file, &plot, caption));
+            }
+        }
+        figures
+    }
+
+    fn roc(&self, set: &DataSetStatistics) -> Option<Figure> {
+        let mut plot = Plot::new(Axis::unit("1 − specificity"), Axis::unit("sensitivity"));
+        plot.guide(&[(0.0, 0.0), (1.0, 1.0)]);
+        let mut any = false;
+        for (colour, method) in self.methods() {
+            let Some(arm) = self.arm(set, method) else {
+                continue;
+            };
+            let auc = arm.metrics.classification.as_ref().and_then(|c| c.auc);
+            if let (Some(roc), Some(auc)) = (&arm.roc, auc) {
+                let points: Vec<(f64, f64)> = roc.iter().map(|&[x, y]| (x, y)).collect();
+                let name = format!("{} {:.3}", method.name, auc.value);
+                plot.name(colour, &name).line(colour, &points);
+                any = true;
+            }
+        }
+        let caption = format!("ROC on {}, with the AUC", set.dataset);
+        any.then(|| Figure::new(format!("roc-{}", set.dataset), &plot, caption))
+    }
+
+    fn calibration(&self, set: &DataSetStatistics) -> Option<Figure> {
+        let mut plot = Plot::new(Axis::unit("mean p"), Axis::unit("share malignant"));
+        plot.guide(&[(0.0, 0.0), (1.0, 1.0)]);
+        let mut any = false;
+        for (colour, method) in self.methods() {
+            let Some(arm) = self
+                .arm(set, method)
+                .filter(|arm| !arm.reliability.is_empty())
+            else {
+                continue;
+            };
+            let points: Vec<_> = arm
+                .reliability
+                .iter()
+                .map(|bin| (bin.p, bin.positives))
+                .collect();
+            plot.name(colour, &method.name)
+                .line(colour, &points)
+                .dots(colour, &points, 3.0);
+            any = true;
+        }
+        let caption = format!("Calibration on {}", set.dataset);
+        any.then(|| Figure::new(format!("calibration-{}", set.dataset), &plot, caption))
+    }
+
+    /// The mean over runs of a column of `metrics.csv`, by epoch.
+    fn history(&self, arm: &str, column: &dyn Fn(&Epoch) -> Option<f64>) -> Vec<(f64, f64)> {
+        let mut values: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+        for (_, epochs) in self.histories.iter().filter(|(run, _)| run.arm == arm) {
+            for epoch in epochs {
+                values.entry(epoch.epoch).or_default().extend(column(epoch));
+            }
+        }
+        let point = |(epoch, values): (u64, Vec<f64>)| Some((epoch as f64, mean(&values)?));
+        values.into_iter().filter_map(point).collect()
+    }
+
+    fn curves(
+        &self,
+        file: &str,
+        label: &str,
+        caption: &str,
+        column: &dyn Fn(&Epoch) -> Option<f64>,
+    ) -> Option<Figure> {
+        let lines: Vec<(usize, &str, Vec<(f64, f64)>)> = self
+            .methods()
+            .map(|(colour, method)| {
+                (
+                    colour,
+                    method.name.as_str(),
+                    self.history(&method.name, column),
+                )
+            })
+            .filter(|(_, _, points)| !points.is_empty())
+            .collect();
+        lines_plot(label, &lines)
+            .map(|plot| Figure::new(file.to_owned(), &plot, caption.to_owned()))
+    }
+
+    fn training(&self) -> Vec<Figure> {
+        [
+            self.curves(
+                "training-dice",
+                "Dice, held out",
+                "Dice on the held-out part, at the network's size",
+                &|e| e.val_dice,
+            ),
+            self.curves(
+                "training-auc",
+                "AUC, held out",
+                "AUC on the held-out part",
+                &|e| e.val_auc,
+            ),
+            self.curves(
+                "training-loss",
+                "loss",
+                "The training loss; methods differ in its terms",
+                &|e| Some(e.loss),
+            ),
+            self.curves(
+                "training-consistency",
+                "consistency term",
+                "The consistency term with its ramp, before its weight",
+                &|e| e.consistency,
+            ),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    fn phi(&self, index: usize, set: &DataSetStatistics) -> Option<Figure> {
+        let (_, method) = self.main_method()?;
+        let images = self.images(index, &method.name);
+        let mut plot = Plot::new(Axis::unit("φ"), Axis::unit("p"));
+        plot.guide(&[(0.0, 0.0), (1.0, 1.0)]);
+        let mut any = false;
+        for (colour, label) in [(0, Label::Benign), (1, Label::Malignant)] {
+            let rows = images.iter().filter(|row| row.label == label);
+            let points: Vec<_> = rows.filter_map(|row| Some((row.phi?, row.p?))).collect();
+            any |= !points.is_empty();
+            plot.name(colour, label.as_str()).dots(colour, &points, 2.2);
+        }
+        let caption = format!("{} on {}: an image a point", method.name, set.dataset);
+        any.then(|| Figure::new(format!("phi-{}", set.dataset), &plot, caption))
+    }
+
+    fn weights(&self) -> Option<Figure> {
+        let (_, method) = self.main_method()?;
+        let columns: [(&str, &dyn Fn(&Epoch) -> Option<f64>); 5] = [
+            ("irregularity (shape)", &|e| e.prior_irregularity),
+            ("orientation (not parallel)", &|e| e.prior_orientation),
+            ("margin (not circumscribed)", &|e| e.prior_margin),
+            ("roundness (oval to round)", &|e| e.prior_roundness),
+            ("bias", &|e| e.prior_bias),
+        ];
+        let lines: Vec<(usize, &str, Vec<(f64, f64)>)> = columns
+            .iter()
+            .enumerate()
+            .map(|(colour, (name, column))| (colour, *name, self.history(&method.name, column)))
+            .filter(|(_, _, points)| !points.is_empty())
+            .collect();
+        let caption = format!("Weights of φ in {}", method.name);
+        lines_plot("weight", &lines).map(|plot| Figure::new("prior-weights".into(), &plot, caption))
+    }
+
+    fn features(&self) -> Vec<Figure> {
+        let Some((_, method)) = self.main_method() else {
+            return Vec::new();
+        };
+        let names: Vec<String> = self
+            .statistics
+            .datasets
+            .iter()
+            .map(|s| s.dataset.clone())
+            .collect();
+        let images: Vec<Vec<PerImage>> = (0..names.len())
+            .map(|set| self.images(set, &method.name))
+            .collect();
+        let of = |row: &PerImage, k: usize| {
+            [row.irregularity, row.orientation, row.margin, row.roundness][k]
+        };
+        ShapeFeatures::NAMES
+            .iter()
+            .enumerate()
+            .filter_map(|(k, name)| {
+                let all = images.iter().flatten().filter_map(|row| of(row, k));
+                let mut plot = Plot::new(Axis::places("", &names), Axis::around(name, all)?);
+                for (colour, label) in [(0, Label::Benign), (1, Label::Malignant)] {
+                    plot.name(colour, label.as_str());
+                    for (set, rows) in images.iter().enumerate() {
+                        let rows = rows.iter().filter(|row| row.label == label);
+                        let values: Vec<f64> = rows.filter_map(|row| of(row, k)).collect();
+                        if let Some(values) = five(&values) {
+                            let side = colour as f64 * 0.36 - 0.18;
+                            plot.bar(colour, set as f64 + side, 0.28, values);
+                        }
+                    }
+                }
+                let caption = format!("{name}, {}", method.name);
+                Some(Figure::new(format!("feature-{name}"), &plot, caption))
+            })
+            .collect()
+    }
+
+    /// The worst, the median and the best image of each data set by the main method, with every method's outline.
+    fn cases(&self, page: &mut Page, out: &Path, sets: &[Opened]) -> Result<()> {
+        let Some((_, main)) = self.main_method() else {
+            return Ok(());
+        };
+        // One run of each method draws: the first that all have.
+        let has = |run: &Run| {
+            self.segmenting().all(|(_, method)| {
+                let same = Run {
+                    arm: method.name.clone(),
+                    ..run.clone()
+                };
+                self.histories.contains_key(&same)
+            })
+        };
+        let mut runs = self.histories.keys().filter(|run| run.arm == main.name);
+        let Some(run) = runs.find(|run| has(run)) else {
+            return Ok(());
+        };
+        let of = |set: usize, arm: &str| {
+            let mut found = self.measured.iter();
+            found.find(|m| {
+                m.set == set && m.run.arm == arm && (m.run.fold, m.run.seed) == (run.fold, run.seed)
+            })
+        };
+        let mut models = Vec::new();
+        for (colour, method) in self.segmenting() {
+            let own = Run {
+                arm: method.name.clone(),
+                ..run.clone()
+            };
+            models.push((colour, method, Model::open(&own.folder(out))?));
+        }
+        let mut shown = Vec::new();
+        for (index, set) in sets.iter().enumerate() {
+            let Some(measured) = of(index, &main.name) else {
+                continue;
+            };
+            let mut ranked: Vec<&PerImage> = measured
+                .rows
+                .iter()
+                .filter(|row| row.dice.is_some())
+                .collect();
+            ranked.sort_by(|a, b| {
+                let dice = |row: &PerImage| row.dice.unwrap_or_default();
+                dice(a)
+                    .total_cmp(&dice(b))
+                    .then_with(|| a.image.cmp(&b.image))
+            });
+            let Some(last) = ranked.len().checked_sub(1) else {
+                continue;
+            };
+            let mut places = vec![("worst", 0), ("median", last / 2), ("best", last)];
+            places.dedup_by_key(|place| place.1);
+            for (what, place) in places {
+                let row = ranked[place];
+                let cases = set.source.cases();
+                let Some(i) = set
+                    .subset
+                    .iter()
+                    .copied()
+                    .find(|&i| cases[i].image == row.image)
+                else {
+                    continue;
+                };
+                let mut outlines = vec![(Mask::from(&set.source.mask(i)?), TRUTH)];
+                let mut figures = Vec::new();
+                for (colour, method, model) in &mut models {
+                    let size = model.config().size;
+                    let masks = model.map(
+                        1,
+                        |_| data::letterboxed_image(&*set.source, i, size),
+                        |model, _, found| Ok(model.finding(&found, &cases[i].letterbox(size)).mask),
+                        |_| Ok(()),
+                    )?;
+                    outlines.extend(masks.into_iter().flatten().map(|mask| (mask, rgb(*colour))));
+                    let same = of(index, &method.name);
+                    let same = same.and_then(|m| m.rows.iter().find(|r| r.image == row.image));
+                    figures.push(format!(
+                        "{} {}",
+                        method.name,
+                        two(same.and_then(|r| r.dice))
+                    ));
+                }
+                let picture = picture(set, i)?;
+                let lines: Vec<(&Mask, [u8; 3])> = outlines.iter().map(|(m, c)| (m, *c)).collect();
+                let pixels = overlay(&picture, &lines);
+                let png = png_rgb_bytes(picture.width, picture.height, &pixels);
+                let caption = format!(
+                    "{}, {what}: {} ({}). Dice: {}; p {}, φ {}",
+                    set.name,
+                    cases[i].id(),
+                    row.label,
+                    figures.join(", "),
+                    two(row.p),
+                    two(row.phi)
+                );
+                shown.push((png, caption));
+            }
+        }
+        if shown.is_empty() {
+            return Ok(());
+        }
+        page.section("Cases").paragraph(&format!(
+            "The worst, the median and the best image by the Dice of {run}. White: the true outline; the methods in the \
+             colours that they have in the plots, drawn by their runs of the same fold and seed."
+        ));
+        page.gallery(&shown);
+        Ok(())
+    }
+
+    fn closing(&self, page: &mut Page) {
+        if !self.statistics.not_computed.is_empty() {
+            let missing = self.statistics.not_computed.iter();
+            let missing: Vec<String> = missing
+                .map(|m| format!("{}: {}", m.what, m.reason))
+                .collect();
+            page.section("Not computed").list(&missing);
+        }
+        page.section("Made from");
+        let rows: Vec<Vec<String>> = self
+            .manifest
+            .data
+            .iter()
+            .map(|set| {
+                let [benign, malignant, normal] = set.cases.map(|n| n.to_string());
+                let dropped = set.drops.len().to_string();
+                vec![
+                    set.name.clone(),
+                    benign,
+                    malignant,
+                    normal,
+                    dropped,
+                    set.sha256[..16].to_owned(),
+                ]
+            })
+            .collect();
+        page.table(
+            "Data as found; the hash is over images, labels, patients, pixel sizes and masks.",
+            &[
+                "data set",
+                "benign",
+                "malignant",
+                "normal",
+                "left out",
+                "SHA-256",
+            ],
+            &rows,
+        );
+        let base = Config::preset(self.manifest.plan.methods[0].config.preset);
+        let rows: Vec<Vec<String>> = self
+            .methods()
+            .map(|(_, method)| vec![method.name.clone(), changes(&base, &method.config)])
+            .collect();
+        page.table(
+            "What each method has otherwise than its preset. The whole configuration is in study.toml.",
+            &["method", "settings"],
+            &rows,
+        );
+        page.paragraph(&format!(
+            "{}, device {}, {} instructions.",
+            self.manifest.program,
+            toml_name(&self.manifest.device),
+            self.manifest.instruction_set
+        ));
+    }
+}
+
+/// The line of a table of results.
+fn outcome(method: &Method, arm: &ArmStatistics) -> Vec<String> {
+    let (s, c) = (&arm.metrics.segmentation, &arm.metrics.classification);
+    let (s, c) = (s.as_ref(), c.as_ref());
+    let auc = c.and_then(|c| c.auc);
+    let one = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.1}"));
+    let runs = arm.dice_by_run.as_ref();
+    vec![
+        method.name.clone(),
+        summary(s.map(|s| &s.dice)),
+        figure(s.map(|s| s.dice.median)),
+        runs.map_or("–".into(), |runs| match runs.sd {
+            Some(sd) => format!("{:.3} ± {sd:.3}", runs.mean),
+            None => format!("{:.3}", runs.mean),
+        }),
+        one(s.map(|s| s.hd95_px.mean)),
+        one(s.map(|s| s.assd_px.mean)),
+        interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95)),
+        figure(c.and_then(|c| c.sensitivity)),
+        figure(c.and_then(|c| c.specificity)),
+        figure(c.and_then(|c| c.brier)),
+        figure(c.and_then(|c| c.ece)),
+        figure(arm.normals.as_ref().map(|n| n.false_positive_rate.mean)),
+    ]
+}
+
+fn two(value: Option<f64>) -> String {
+    value.map_or("–".into(), |v| format!("{v:.2}"))
+}
+
+/// Percentiles 5, 25, 50, 75, 95 and the mean.
+fn five(values: &[f64]) -> Option<[f64; 6]> {
+    let at = |q: f64| quantile(values, q);
+    Some([
+        at(0.05)?,
+        at(0.25)?,
+        at(0.5)?,
+        at(0.75)?,
+        at(0.95)?,
+        mean(values)?,
+    ])
+}
+
+/// Named lines over epochs.
+fn lines_plot(label: &str, lines: &[(usize, &str, Vec<(f64, f64)>)]) -> Option<Plot> {
+    let points = || lines.iter().flat_map(|(_, _, points)| points);
+    let x = Axis::around("epoch", points().map(|p| p.0))?;
+    let mut plot = Plot::new(x, Axis::around(label, points().map(|p| p.1))?);
+    for (colour, name, points) in lines {
+        plot.name(*colour, name).line(*colour, points);
+    }
+    Some(plot)
+}
+
+/// The image at its own size, enlarged from the square of a pack.
+fn picture(set: &Opened, i: usize) -> Result<data::image::Gray> {
+    let image = set.source.image(i)?;
+    let Some(size) = set.source.letterboxed() else {
+        return Ok(image);
+    };
+    let case = &set.source.cases()[i];
+    let unit: Vec<f32> = image.pixels.iter().map(|&v| f32::from(v) / 255.0).collect();
+    let full = case.letterbox(size).inverse(&unit);
+    Ok(data::image::Gray {
+        width: case.width,
+        height: case.height,
+        pixels: quantise(&full),
+    })
+}
+
+/// The name that a configuration's value has in TOML.
+fn toml_name(value: &impl serde::Serialize) -> String {
+    let value = toml::Value::try_from(value);
+    value.map_or_else(
+        |_| String::new(),
+        |v| v.as_str().unwrap_or_default().to_owned(),
+    )
+}
+
+/// `key = value` where a configuration differs from its preset, those aside that every run has its own of.
+fn changes(base: &Config, config: &Config) -> String {
+    let own = ["data", "seed", "fold", "folds", "preset"];
+    let changed: Vec<String> = base
+        .settings()
+        .into_iter()
+        .zip(config.settings())
+        .filter(|((key, before), (_, after))| before != after && !own.contains(&key.as_str()))
+        .map(|(_, (key, value))| format!("{key} = {value}"))
+        .collect();
+    changed.join(", ")
+}

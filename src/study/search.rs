@@ -1,0 +1,313 @@
+//! A search for settings on the source alone.
+//!
+//! One key after the other, each value is tried with what was best so far of the others (coordinate descent, one
+//! sweep). A trial's score is its mean over folds and seeds on the held-out parts: Dice, AUC, or the mean of both for an
+//! arm that does both, since Dice alone would ask for a classifier that learns nothing. No target is ever opened.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use serde::Serialize;
+
+use super::protocol::{Method, Protocol, Run};
+use super::{State, Watch, claim, go_on, is_trained, write_json};
+use crate::data::image::write_atomically;
+use crate::error::{Error, Result};
+use crate::metrics::classification::Auc;
+use crate::metrics::statistics::mean;
+use crate::metrics::{PerImage, read_csv, write_csv};
+use crate::train::config::Arm;
+use crate::train::evaluate::make_folder;
+use crate::train::run::VALIDATION;
+use crate::train::{Config, stop};
+
+/// Name of the plan.
+pub const PLAN: &str = "search.json";
+/// Name of the table of trials.
+pub const TRIALS: &str = "trials.csv";
+/// Name of the file for `study --config`.
+pub const CHOICE: &str = "choice.toml";
+
+/// What is tried unless it is said otherwise: each key with its values.
+pub const GRID: [(&str, &[&str]); 8] = [
+    ("loss.classification", &["0.05", "0.2", "1.0"]),
+    ("loss.consistency", &["0.1", "0.3", "1.0", "3.0"]),
+    ("loss.kappa", &["1.0", "3.0", "6.0"]),
+    ("loss.ramp_start", &["0.0", "5.0", "15.0"]),
+    ("loss.ramp_epochs", &["0.0", "10.0"]),
+    ("prior.start", &["fitted", "equal"]),
+    ("prior.free_sign", &["false", "true"]),
+    ("prior.frozen", &["false", "true"]),
+];
+
+/// What to search.
+#[derive(Clone, Copy, Debug)]
+pub struct SearchArgs<'a> {
+    /// Source, folds, seeds and methods; no targets.
+    pub plan: &'a Protocol,
+    /// Keys with their values, in the order in which they are tried.
+    pub grid: &'a [(String, Vec<String>)],
+    /// The search's folder: new, empty, or with `resume` that of an earlier call.
+    pub out: &'a Path,
+    /// Go on where the search in `out` stopped.
+    pub resume: bool,
+}
+
+/// A row of `trials.csv`.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Trial {
+    /// The method.
+    pub arm: String,
+    /// Its number, from 0: the configuration to begin with.
+    pub trial: usize,
+    /// The key that is different from the best before; empty in trial 0.
+    pub key: String,
+    /// Its value.
+    pub value: String,
+    /// Mean Dice over runs, on their held-out parts.
+    pub dice: Option<f64>,
+    /// Mean AUC over runs.
+    pub auc: Option<f64>,
+    /// What is compared.
+    pub score: f64,
+    /// Whether it was the best so far.
+    pub best: bool,
+}
+
+/// What came out.
+#[derive(Clone, Debug)]
+pub struct Searched {
+    /// Every trial.
+    pub trials: Vec<Trial>,
+    /// Each method with its best configuration.
+    pub methods: Vec<Method>,
+}
+
+/// Searches, and writes `trials.csv` and `choice.toml`.
+///
+/// # Errors
+/// [`Error::Argument`] for keys, values or data that cannot be used, or an `out` that already holds something;
+/// [`Error::File`]; [`Error::Interrupted`], after saving; and whatever a trial's training meets.
+pub fn search(
+    args: &SearchArgs<'_>,
+    watch: &dyn Watch,
+    interrupt: &AtomicBool,
+) -> Result<Searched> {
+    begin(args)?;
+    let mut searched = Searched {
+        trials: Vec::new(),
+        methods: Vec::new(),
+    };
+    for method in &args.plan.methods {
+        let keys: Vec<&(String, Vec<String>)> = args
+            .grid
+            .iter()
+            .filter(|(key, _)| applies(method.config.arm, key))
+            .collect();
+        // Every value is checked before the first trial.
+        for (key, values) in &keys {
+            for value in values {
+                set(&method.config, key, value)?;
+            }
+        }
+        let mut best = (method.config.clone(), f64::NEG_INFINITY);
+        let mut tried: Vec<Config> = Vec::new();
+        let mut candidates = vec![(String::new(), String::new())];
+        for (key, values) in keys {
+            candidates.extend(values.iter().map(|value| (key.clone(), value.clone())));
+        }
+        for (key, value) in candidates {
+            let config = match key.as_str() {
+                "" => method.config.clone(),
+                key => set(&best.0, key, &value)?,
+            };
+            if tried.contains(&config) {
+                continue;
+            }
+            let number = tried.len();
+            let (dice, auc) = trial(args, method, number, &config, watch, interrupt)?;
+            let of_arm = [
+                dice.filter(|_| config.arm.segments()),
+                auc.filter(|_| config.arm.classifies()),
+            ];
+            let figures: Vec<f64> = of_arm.into_iter().flatten().collect();
+            let score = mean(&figures).unwrap_or_default();
+            // The first of equals stays.
+            let better = score > best.1;
+            if better {
+                best = (config.clone(), score);
+            }
+            tried.push(config);
+            watch.line(&format!(
+                "{} trial {number}{}: score {score:.4}{}",
+                method.name,
+                if key.is_empty() {
+                    String::new()
+                } else {
+                    format!(", {key} = {value}")
+                },
+                if better { ", best" } else { "" }
+            ));
+            searched.trials.push(Trial {
+                arm: method.name.clone(),
+                trial: number,
+                key,
+                value,
+                dice,
+                auc,
+                score,
+                best: better,
+            });
+            write_csv(&args.out.join(TRIALS), &searched.trials)?;
+        }
+        searched.methods.push(Method {
+            name: method.name.clone(),
+            config: best.0,
+        });
+    }
+    let text = choice(args.plan, &searched.methods);
+    write_atomically(&args.out.join(CHOICE), text.as_bytes())?;
+    Ok(searched)
+}
+
+fn set(config: &Config, key: &str, value: &str) -> Result<Config> {
+    config.clone().with(&[(key.to_owned(), value.to_owned())])
+}
+
+/// Whether an arm's training depends on a key.
+fn applies(arm: Arm, key: &str) -> bool {
+    let of_consistency = key.starts_with("prior.")
+        || (key.starts_with("loss.")
+            && !["loss.classification", "loss.class_weights"].contains(&key));
+    match key {
+        _ if of_consistency => arm == Arm::Consistency,
+        "loss.classification" => arm.classifies() && arm.segments(),
+        "loss.class_weights" => arm.classifies(),
+        _ => true,
+    }
+}
+
+#[derive(Serialize)]
+struct Plan<'a> {
+    plan: &'a Protocol,
+    grid: &'a [(String, Vec<String>)],
+}
+
+fn begin(args: &SearchArgs<'_>) -> Result<()> {
+    let path = args.out.join(PLAN);
+    let plan = Plan {
+        plan: args.plan,
+        grid: args.grid,
+    };
+    if !args.resume {
+        claim(args.out, PLAN, "a search")?;
+        make_folder(args.out)?;
+        return write_json(&path, &plan);
+    }
+    let unreadable =
+        |e: std::io::Error| Error::caused(&path, "expected the folder of a search to resume", e);
+    let before = std::fs::read(&path).map_err(unreadable)?;
+    let before: serde_json::Value = serde_json::from_slice(&before)
+        .map_err(|e| Error::caused(&path, "expected a search's plan", e))?;
+    let now = serde_json::to_value(&plan)
+        .map_err(|e| Error::caused(&path, "cannot be written as JSON", e))?;
+    if before != now {
+        let problem = format!(
+            "expected the command that the search began with, found another; {} has it",
+            path.display()
+        );
+        return Err(Error::argument("--resume", problem));
+    }
+    Ok(())
+}
+
+/// Mean Dice and AUC of a configuration over folds and seeds.
+fn trial(
+    args: &SearchArgs<'_>,
+    method: &Method,
+    number: usize,
+    config: &Config,
+    watch: &dyn Watch,
+    interrupt: &AtomicBool,
+) -> Result<(Option<f64>, Option<f64>)> {
+    let plan = Protocol {
+        methods: vec![Method {
+            name: method.name.clone(),
+            config: config.clone(),
+        }],
+        ..args.plan.clone()
+    };
+    let runs = plan.runs();
+    watch.begin(&plan, &runs);
+    let (mut dice, mut auc) = (Vec::new(), Vec::new());
+    for run in &runs {
+        stop(interrupt)?;
+        let folder = folder(run, args.out, number);
+        if !is_trained(&folder) {
+            watch.state(run, &State::Training);
+            go_on(&folder, &plan.config(run), watch, interrupt)?;
+        }
+        let rows: Vec<PerImage> = read_csv(&folder.join(VALIDATION).join("per_image.csv"))?;
+        let of_run = mean(&rows.iter().filter_map(|row| row.dice).collect::<Vec<_>>());
+        let cases: Vec<_> = rows.iter().filter_map(PerImage::diagnosis).collect();
+        let auc_of_run = Auc::of(&cases).map(|auc| auc.value);
+        watch.state(run, &State::Done(of_run, auc_of_run));
+        dice.extend(of_run);
+        auc.extend(auc_of_run);
+    }
+    Ok((mean(&dice), mean(&auc)))
+}
+
+fn folder(run: &Run, out: &Path, number: usize) -> std::path::PathBuf {
+    let name = format!("fold-{}_seed-{}", run.fold, run.seed);
+    out.join("trials")
+        .join(&run.arm)
+        .join(number.to_string())
+        .join(name)
+}
+
+/// What `study --config` takes: the settings that the methods began with, and for each method its choice.
+fn choice(plan: &Protocol, methods: &[Method]) -> String {
+    let base = &plan.methods[0].config;
+    let preset = Config::preset(base.preset);
+    // A study has its own data, folds and seeds.
+    let own = ["data", "seed", "fold", "folds", "arm", "device"];
+    let different = |from: &Config, to: &Config| -> toml::Table {
+        let (from, to) = (from.table(), to.table());
+        difference(&from, &to, &own)
+    };
+    let mut table = different(&preset, base);
+    let preset = toml::Value::try_from(base.preset);
+    if let Ok(preset) = preset {
+        table.insert("preset".to_owned(), preset);
+    }
+    let mut chosen = toml::Table::new();
+    for method in methods {
+        chosen.insert(method.name.clone(), different(base, &method.config).into());
+    }
+    table.insert("methods".to_owned(), chosen.into());
+    format!(
+        "# Chosen by echograd search on the folds of {}; for study --config.\n{table}",
+        plan.source
+    )
+}
+
+/// The values of `to` that `from` has otherwise.
+fn difference(from: &toml::Table, to: &toml::Table, leave: &[&str]) -> toml::Table {
+    let mut table = toml::Table::new();
+    for (key, value) in to {
+        let changed = match (from.get(key), value) {
+            _ if leave.contains(&key.as_str()) => None,
+            (Some(toml::Value::Table(from)), toml::Value::Table(to)) => {
+                let inner = difference(from, to, &[]);
+                (!inner.is_empty()).then(|| inner.into())
+            }
+            (Some(before), value) if before == value => None,
+            _ => Some(value.clone()),
+        };
+        if let Some(changed) = changed {
+            table.insert(key.clone(), changed);
+        }
+    }
+    table
+}

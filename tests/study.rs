@@ -1,0 +1,552 @@
+//! A small study on phantoms of two hospitals from the first run to the report: the same when it is stopped in between,
+//! and clear about what it cannot do.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use echograd::Error;
+use echograd::data::image::{Gray, write_png};
+use echograd::data::phantom::{self, Site};
+use echograd::metrics::PerImage;
+use echograd::study::compare::compare;
+use echograd::study::protocol::{Overlay, Protocol, Run};
+use echograd::study::search::{SearchArgs, search};
+use echograd::study::{State, Studied, StudyArgs, Watch, study};
+use echograd::train::Report;
+use echograd::train::run::Epoch;
+use serde_json::Value;
+
+/// Two hospitals: one to train, one to test on.
+fn data() -> &'static [String; 2] {
+    static DATA: OnceLock<(tempfile::TempDir, [String; 2])> = OnceLock::new();
+    let make = || {
+        let folder = tempfile::tempdir().unwrap();
+        let specs = [(Site::A, 30), (Site::B, 16)].map(|(site, count)| {
+            let path = folder.path().join(site.to_string());
+            phantom::write(site, count, 5, &path, &|_| Ok(())).unwrap();
+            format!("busi:{}", path.display())
+        });
+        (folder, specs)
+    };
+    &DATA.get_or_init(make).1
+}
+
+fn plan(arms: &[&str], more: &[(&str, &str)]) -> Protocol {
+    let [source, target] = data();
+    plan_of(source, &[target], arms, more)
+}
+
+fn plan_of(source: &str, targets: &[&str], arms: &[&str], more: &[(&str, &str)]) -> Protocol {
+    let small = [
+        ("preset", "tiny"),
+        ("size", "32"),
+        ("batch", "8"),
+        ("epochs", "2"),
+        ("model.widths", "[4, 6]"),
+        ("loss.ramp_start", "0"),
+        ("loss.ramp_epochs", "1"),
+    ];
+    let settings = small.iter().chain(more);
+    let settings: Vec<_> = settings
+        .map(|(k, v)| (k.to_string(), v.to_string()))
+        .collect();
+    let overlay = Overlay::read(None, &settings).unwrap();
+    Protocol {
+        source: source.to_owned(),
+        targets: targets.iter().map(|target| target.to_string()).collect(),
+        folds: 2,
+        seeds: vec![0],
+        methods: arms
+            .iter()
+            .map(|arm| overlay.method(arm).unwrap())
+            .collect(),
+    }
+}
+
+const ARMS: [&str; 4] = ["segmentation", "classification", "multitask", "consistency"];
+
+fn run(plan: Option<&Protocol>, out: &Path, resume: bool) -> echograd::Result<Studied> {
+    study(
+        &StudyArgs { plan, out, resume },
+        &(),
+        &AtomicBool::new(false),
+    )
+}
+
+/// A study of all arms, made once.
+fn whole() -> &'static Path {
+    static WHOLE: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let make = || {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("study");
+        let studied = run(Some(&plan(&ARMS, &[])), &out, false).unwrap();
+        assert!(!studied.failed);
+        (folder, out)
+    };
+    &WHOLE.get_or_init(make).1
+}
+
+fn message<T>(result: echograd::Result<T>) -> String {
+    result.err().expect("this must fail").to_string()
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// The files whose bytes must not depend on how often a study was stopped.
+fn results(out: &Path) -> BTreeMap<&'static str, Vec<u8>> {
+    let files = [
+        "per_image.csv",
+        "normals.csv",
+        "statistics.json",
+        "report.html",
+        "manifest.json",
+    ];
+    files
+        .map(|name| (name, fs::read(out.join(name)).unwrap()))
+        .into()
+}
+
+/// Stops after some epochs, counted over all runs, or when the first test begins.
+struct Stopper<'a> {
+    interrupt: &'a AtomicBool,
+    epochs: usize,
+    seen: AtomicUsize,
+    at_test: bool,
+}
+
+impl Report for Stopper<'_> {
+    fn epoch(&self, _: &Epoch, _: u64, _: bool) {
+        if self.seen.fetch_add(1, Ordering::SeqCst) + 1 >= self.epochs {
+            self.interrupt.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Watch for Stopper<'_> {
+    fn state(&self, _: &Run, state: &State) {
+        if self.at_test && matches!(state, State::Testing(_)) {
+            self.interrupt.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+#[test]
+fn a_study_leaves_what_it_promises() {
+    let out = whole();
+    let text = fs::read_to_string(out.join("per_image.csv")).unwrap();
+    let header = text.lines().next().unwrap();
+    assert_eq!(
+        header,
+        "arm,fold,seed,dataset,image,patient,label,dice,iou,precision,recall,hd95_px,assd_px,hd95_mm,assd_mm,\
+         p,phi,irregularity,orientation,margin,roundness"
+    );
+    // Every run sees the whole target; of the source, each lesion is held out once, each normal image twice.
+    let statistics = json(&out.join("statistics.json"));
+    let sets = statistics["datasets"].as_array().unwrap();
+    assert_eq!(sets.len(), 2);
+    for (set, [role, name]) in sets
+        .iter()
+        .zip([["source", "busi-A"], ["target", "busi-B"]])
+    {
+        assert!(
+            set["role"] == role && set["dataset"] == name,
+            "{role} {name}"
+        );
+    }
+    let rows = |arm: &str, set: &str| {
+        let wanted = (arm, set);
+        let of = |line: &&str| {
+            let fields: Vec<&str> = line.split(',').collect();
+            (fields[0], fields[3]) == wanted
+        };
+        text.lines().skip(1).filter(of).count()
+    };
+    assert_eq!(rows("multitask", "busi-B"), 32);
+    let manifest = json(&out.join("manifest.json"));
+    let counts: Vec<usize> = manifest["data"][0]["cases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|n| n.as_u64().unwrap() as usize)
+        .collect();
+    assert_eq!(
+        rows("consistency", "busi-A"),
+        counts[0] + counts[1] + 2 * counts[2]
+    );
+
+    for set in sets {
+        for arm in ARMS {
+            let found = &set["arms"][arm];
+            assert_eq!(found["runs"], 2);
+            let segments = arm != "classification";
+            let classifies = arm != "segmentation";
+            assert_eq!(found["metrics"]["segmentation"].is_object(), segments);
+            assert_eq!(found["metrics"]["classification"].is_object(), classifies);
+            assert_eq!(found["roc"].is_array(), classifies);
+            assert_eq!(found["strata"]["small"].is_object(), segments);
+            assert_eq!(found["dice_by_run"]["runs"].is_array(), segments);
+        }
+        let pair = |a: &str, b: &str| {
+            let all = set["comparisons"].as_array().unwrap();
+            all.iter().find(|c| c["a"] == a && c["b"] == b).cloned()
+        };
+        let dice = pair("multitask", "segmentation").unwrap()["dice"].clone();
+        assert!(dice["wilcoxon"]["p_value"].is_number() && dice["holm"].is_number());
+        assert!(dice["holm"].as_f64() >= dice["wilcoxon"]["p_value"].as_f64());
+        assert!(pair("consistency", "multitask").unwrap()["dice"].is_object());
+        let auc = pair("multitask", "classification").unwrap();
+        assert!(auc["dice"].is_null());
+        // Interference is the difference of the means over the images that both have.
+        let mean = |arm: &str| set["arms"][arm]["metrics"]["segmentation"]["dice"]["mean"].as_f64();
+        let expected = mean("multitask").unwrap() - mean("segmentation").unwrap();
+        let found = set["interference"]["dice"]["interference"]
+            .as_f64()
+            .unwrap();
+        assert!((found - expected).abs() < 1e-12);
+        let difference = dice["difference"]["mean"].as_f64().unwrap();
+        assert!((found - difference).abs() < 1e-12);
+    }
+    let html = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(
+        !html.contains("http"),
+        "a page must not refer to the network"
+    );
+    for part in [
+        "Beside the paper",
+        "busi-B, never seen",
+        "<svg",
+        "data:image/png",
+        "Weights of φ",
+        "ROC on busi-B",
+    ] {
+        assert!(html.contains(part), "{part}");
+    }
+    let svg = fs::read_to_string(out.join("figures/dice-busi-B.svg")).unwrap();
+    assert!(svg.contains("xmlns") && !svg.contains("var("));
+
+    // All arms of a fold begin with the same images and, where they share them, the same weights.
+    let split = |arm: &str| {
+        json(
+            &out.join("runs")
+                .join(arm)
+                .join("fold-1_seed-0/manifest.json"),
+        )["train"]
+            .clone()
+    };
+    assert!(ARMS.iter().all(|arm| split(arm) == split("segmentation")));
+    let epochs =
+        fs::read_to_string(out.join("runs/consistency/fold-0_seed-0/metrics.csv")).unwrap();
+    assert!(epochs.lines().next().unwrap().contains("prior_margin"));
+
+    // A finished study repeats nothing and ends the same.
+    let before = results(out);
+    let checkpoint = out.join("runs/multitask/fold-0_seed-0/last.safetensors");
+    let written = fs::metadata(&checkpoint).unwrap().modified().unwrap();
+    run(None, out, true).unwrap();
+    assert!(before == results(out), "the results differ");
+    assert_eq!(
+        fs::metadata(&checkpoint).unwrap().modified().unwrap(),
+        written
+    );
+
+    let refused = message(run(Some(&plan(&ARMS, &[])), out, false));
+    assert!(refused.contains("already holds a study"), "{refused}");
+    let other = plan(&ARMS, &[("epochs", "3")]);
+    let refused = message(run(Some(&other), out, true));
+    assert!(
+        refused.starts_with("segmentation: epochs: expected 2"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_stopped_study_goes_on_to_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("study");
+    let plan = plan(&ARMS, &[]);
+    // In the middle of the second run, then at the test of a later one, then between runs.
+    for (call, (epochs, at_test)) in [(3, false), (100, true), (4, false)]
+        .into_iter()
+        .enumerate()
+    {
+        let interrupt = AtomicBool::new(false);
+        let stopper = Stopper {
+            interrupt: &interrupt,
+            epochs,
+            seen: AtomicUsize::new(0),
+            at_test,
+        };
+        let args = StudyArgs {
+            plan: (call == 0).then_some(&plan),
+            out: &out,
+            resume: call > 0,
+        };
+        assert!(matches!(
+            study(&args, &stopper, &interrupt),
+            Err(Error::Interrupted)
+        ));
+        assert!(!out.join("statistics.json").exists());
+    }
+    run(None, &out, true).unwrap();
+    assert!(results(&out) == results(whole()), "the results differ");
+}
+
+#[test]
+fn targets_that_hold_images_of_the_source_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let [source, target] = data();
+    let (_, path) = source.split_once(':').unwrap();
+    // One image of the source under another name, in a set of its own.
+    let shared = folder.path().join("shared");
+    for sub in ["images", "masks"] {
+        fs::create_dir_all(shared.join(sub)).unwrap();
+    }
+    let benign = Path::new(path).join("benign");
+    fs::copy(benign.join("benign (1).png"), shared.join("images/x.png")).unwrap();
+    fs::copy(
+        benign.join("benign (1)_mask.png"),
+        shared.join("masks/x.png"),
+    )
+    .unwrap();
+    fs::write(shared.join("labels.csv"), "image,label\nx.png,benign\n").unwrap();
+    let shared = format!("folder:{}", shared.display());
+    let out = folder.path().join("out");
+    for targets in [vec![shared.as_str()], vec![target, &shared], vec![source]] {
+        let plan = plan_of(source, &targets, &["segmentation"], &[]);
+        let refused = message(run(Some(&plan), &out, false));
+        assert!(
+            refused.contains("expected images that are not in the source"),
+            "{refused}"
+        );
+        assert!(!out.exists(), "nothing is begun");
+    }
+}
+
+/// `n` images with a lesion in various places, of the classes that `label` gives, other images for another `salt`.
+fn blobs(folder: &Path, salt: usize, n: usize, label: impl Fn(usize) -> &'static str) -> String {
+    for sub in ["images", "masks"] {
+        fs::create_dir_all(folder.join(sub)).unwrap();
+    }
+    let mut labels = "image,label,patient\n".to_owned();
+    for i in 0..n {
+        let (mut image, mut mask) = (Gray::zeros(40, 32), Gray::zeros(40, 32));
+        for (place, (pixel, inside)) in image.pixels.iter_mut().zip(&mut mask.pixels).enumerate() {
+            let (x, y) = ((place % 40) as f64, (place / 40) as f64);
+            let lesion =
+                (x - 14.0 - (i % 7) as f64).hypot((y - 15.0) * (1.1 + 0.07 * (i % 5) as f64)) < 8.0;
+            *pixel = (if lesion { 40 } else { 140 }
+                + (place * 7919 + (i + 33 * salt) * 104_729) % 67) as u8;
+            *inside = if lesion && label(i) != "normal" {
+                255
+            } else {
+                0
+            };
+        }
+        write_png(&folder.join(format!("images/{i:02}.png")), &image).unwrap();
+        write_png(&folder.join(format!("masks/{i:02}.png")), &mask).unwrap();
+        labels += &format!("{i:02}.png,{},p{}\n", label(i), i / 2);
+    }
+    fs::write(folder.join("labels.csv"), labels).unwrap();
+    format!("folder:{}", folder.display())
+}
+
+#[test]
+fn what_can_be_computed_is_and_the_rest_says_why_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    // A source of one class trains the mask alone; targets of one class and of normals alone have figures missing.
+    let benign = blobs(&path("benign"), 0, 12, |_| "benign");
+    let healthy = blobs(&path("healthy"), 1, 3, |_| "normal");
+    let [_, target] = data();
+    let plan = plan_of(
+        &benign,
+        &[target, &healthy],
+        &["segmentation", "multitask"],
+        &[],
+    );
+    let out = path("out");
+    let studied = run(Some(&plan), &out, false).unwrap();
+    assert!(!studied.failed, "the data are as they are");
+    let missing: Vec<String> = studied
+        .statistics
+        .not_computed
+        .iter()
+        .map(|m| format!("{}: {}", m.what, m.reason))
+        .collect();
+    for part in [
+        "multitask fold 0 seed 0: the training part of the fold has 0 malignant of 6 lesions",
+        "multitask fold 1 seed 0: ",
+        "folder-benign: AUC: 12 benign and 0 malignant lesions",
+        "folder-healthy: Dice, AUC, calibration: none of its 3 images shows a lesion",
+    ] {
+        assert!(
+            missing.iter().any(|m| m.contains(part)),
+            "{part}: {missing:?}"
+        );
+    }
+    let sets = &studied.statistics.datasets;
+    assert!(sets[1].arms["segmentation"].metrics.segmentation.is_some());
+    assert_eq!(sets[2].arms["segmentation"].normals.as_ref().unwrap().n, 3);
+    assert!(sets.iter().all(|set| !set.arms.contains_key("multitask")));
+    let html = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(html.contains("Not computed") && html.contains("0 malignant of 6 lesions"));
+
+    // Nothing at all.
+    let plan = plan_of(&benign, &[target], &["classification"], &[]);
+    let refused = message(run(Some(&plan), &path("nothing"), false));
+    assert!(
+        refused.contains("expected a run that can be computed, found none"),
+        "{refused}"
+    );
+    // More folds than patients of a class.
+    let mut plan = plan_of(&benign, &[target], &["segmentation"], &[]);
+    plan.folds = 7;
+    let refused = message(run(Some(&plan), &path("folds"), false));
+    assert!(
+        refused.contains("expected at least 7 benign patients"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn data_that_changed_are_noticed_before_going_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let classes = |i: usize| {
+        if i / 2 % 2 == 0 {
+            "benign"
+        } else {
+            "malignant"
+        }
+    };
+    let source = blobs(&path("source"), 0, 16, classes);
+    let target = blobs(&path("target"), 1, 6, |_| "malignant");
+    let plan = plan_of(&source, &[&target], &["segmentation"], &[("epochs", "1")]);
+    let out = path("out");
+    let first = run(Some(&plan), &out, false).unwrap();
+
+    // A target's mask: its results are computed again, nothing else.
+    let dice = |studied: &Studied, set: usize| {
+        let arm = &studied.statistics.datasets[set].arms["segmentation"];
+        arm.metrics.segmentation.as_ref().unwrap().dice.mean
+    };
+    let before = fs::read(path("target/masks/03.png")).unwrap();
+    let mut whole = Gray::zeros(40, 32);
+    whole.pixels.fill(255);
+    write_png(&path("target/masks/03.png"), &whole).unwrap();
+    let second = run(None, &out, true).unwrap();
+    assert_ne!(dice(&first, 1), dice(&second, 1));
+    assert_eq!(dice(&first, 0), dice(&second, 0));
+    fs::write(path("target/masks/03.png"), before).unwrap();
+    let third = run(None, &out, true).unwrap();
+    assert_eq!(third.statistics, first.statistics);
+
+    // The source's mask: another study.
+    write_png(&path("source/masks/05.png"), &whole).unwrap();
+    let refused = message(run(None, &out, true));
+    assert!(
+        refused.contains("expected the images that the study began with, found 05.png with other pixels, label or mask"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("search");
+    let mut plan = plan(&["multitask", "consistency"], &[("epochs", "1")]);
+    plan.targets.clear();
+    let grid = [
+        ("loss.classification", vec!["0.2", "1"]),
+        ("loss.kappa", vec!["3", "1"]),
+    ];
+    let grid = grid.map(|(k, v)| (k.to_owned(), v.into_iter().map(str::to_owned).collect()));
+    let args = |resume| SearchArgs {
+        plan: &plan,
+        grid: &grid,
+        out: &out,
+        resume,
+    };
+    let interrupt = AtomicBool::new(false);
+    let stopper = Stopper {
+        interrupt: &interrupt,
+        epochs: 3,
+        seen: AtomicUsize::new(0),
+        at_test: false,
+    };
+    assert!(matches!(
+        search(&args(false), &stopper, &interrupt),
+        Err(Error::Interrupted)
+    ));
+    let searched = search(&args(true), &(), &AtomicBool::new(false)).unwrap();
+    // 0.2 and 3 are what the preset has: trial 0. κ is nothing to a multi-task arm.
+    let tried: Vec<(&str, &str)> = searched
+        .trials
+        .iter()
+        .map(|t| (t.arm.as_str(), t.key.as_str()))
+        .collect();
+    assert_eq!(
+        tried,
+        [
+            ("multitask", ""),
+            ("multitask", "loss.classification"),
+            ("consistency", ""),
+            ("consistency", "loss.classification"),
+            ("consistency", "loss.kappa"),
+        ]
+    );
+    for method in &searched.methods {
+        let mut of = searched.trials.iter().filter(|t| t.arm == method.name);
+        let best = of.clone().filter(|t| t.best).last().unwrap();
+        assert!(of.all(|t| t.score <= best.score));
+    }
+    let overlay = Overlay::read(Some(&out.join("choice.toml")), &[]).unwrap();
+    for method in &searched.methods {
+        let taken = overlay.method(&method.name).unwrap().config;
+        assert_eq!(taken.loss, method.config.loss);
+        assert_eq!((taken.size, taken.epochs), (32, 1));
+    }
+    let refused = message(search(&args(false), &(), &AtomicBool::new(false)));
+    assert!(refused.contains("already holds a search"), "{refused}");
+    let other = SearchArgs {
+        grid: &grid[..1],
+        ..args(true)
+    };
+    let refused = message(search(&other, &(), &AtomicBool::new(false)));
+    assert!(
+        refused.contains("expected the command that the search began with"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn runs_are_compared_on_the_images_that_they_share() {
+    let runs = ["multitask", "consistency"]
+        .map(|arm| whole().join("runs").join(arm).join("fold-0_seed-0"));
+    let compared = compare(&runs).unwrap();
+    assert_eq!(compared.settings.keys().collect::<Vec<_>>(), ["arm"]);
+    let folders: Vec<&String> = compared.results.keys().collect();
+    assert_eq!(folders, ["busi-A", "busi-B", "validation"]);
+    let target = &compared.results["busi-B"];
+    let [comparison] = &target.comparisons[..] else {
+        panic!("expected one comparison");
+    };
+    let rows = |run: &Path| -> Vec<PerImage> {
+        echograd::metrics::read_csv(&run.join("busi-B/per_image.csv")).unwrap()
+    };
+    let dice = |run: &Path| -> Vec<f64> { rows(run).iter().filter_map(|row| row.dice).collect() };
+    let (a, b) = (dice(&runs[1]), dice(&runs[0]));
+    let difference: f64 = a.iter().zip(&b).map(|(a, b)| a - b).sum::<f64>() / a.len() as f64;
+    let found = comparison.dice.as_ref().unwrap();
+    assert_eq!(found.difference.n, a.len());
+    assert!((found.difference.mean - difference).abs() < 1e-12);
+
+    assert!(message(compare(&runs[..1])).contains("expected two runs or more"));
+    let nowhere = [runs[0].clone(), whole().join("figures")];
+    assert!(message(compare(&nowhere)).contains("found no config.toml in it"));
+}
