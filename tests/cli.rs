@@ -204,11 +204,14 @@ fn copy() -> TempDir {
 
 // ---- help and usage -------------------------------------------------------------------------
 
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 13] = [
     "demo",
     "train",
     "evaluate",
     "predict",
+    "study",
+    "search",
+    "compare",
     "features",
     "phantom",
     "pack",
