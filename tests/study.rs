@@ -396,6 +396,45 @@ fn what_can_be_computed_is_and_the_rest_says_why_not() {
     let html = fs::read_to_string(out.join("report.html")).unwrap();
     assert!(html.contains("Not computed") && html.contains("0 malignant of 6 lesions"));
 
+    // A target without masks has an AUC, one without labels has Dice; one without both is none.
+    let classes = |i: usize| {
+        if i / 2 % 2 == 0 {
+            "benign"
+        } else {
+            "malignant"
+        }
+    };
+    let source = blobs(&path("source"), 2, 16, classes);
+    let [unmasked, unlabelled] = [("unmasked", 3), ("unlabelled", 4)].map(|(name, salt)| {
+        blobs(&path(name), salt, 6, |i| {
+            if i == 5 { "normal" } else { classes(i) }
+        })
+    });
+    fs::remove_dir_all(path("unmasked/masks")).unwrap();
+    fs::remove_file(path("unlabelled/labels.csv")).unwrap();
+    let targets = [unmasked.as_str(), &unlabelled];
+    let plan = plan_of(&source, &targets, &["multitask"], &[("epochs", "1")]);
+    let studied = run(Some(&plan), &path("parts"), false).unwrap();
+    let arm = |set: usize| studied.statistics.datasets[set].arms["multitask"].clone();
+    let (first, second) = (arm(1), arm(2));
+    assert!(first.metrics.segmentation.is_none() && first.normals.is_some());
+    assert_eq!(first.metrics.classification.unwrap().n, 5);
+    assert!(second.metrics.classification.is_none() && second.normals.is_some());
+    assert_eq!(second.metrics.segmentation.unwrap().dice.n, 5);
+    let text = fs::read_to_string(path("parts/per_image.csv")).unwrap();
+    let unknown = text
+        .lines()
+        .filter(|line| line.contains("folder-unlabelled,00.png,,,"));
+    assert_eq!(unknown.count(), 2, "{text}");
+    for part in ["folder-unmasked: Dice", "folder-unlabelled: AUC"] {
+        let mut missing = studied.statistics.not_computed.iter();
+        assert!(missing.any(|m| m.what.starts_with(part)), "{part}");
+    }
+    fs::remove_dir_all(path("unlabelled/masks")).unwrap();
+    let plan = plan_of(&source, &[&unlabelled], &["multitask"], &[]);
+    let refused = message(run(Some(&plan), &path("neither"), false));
+    assert!(refused.contains("labels.csv"), "{refused}");
+
     // Nothing at all.
     let plan = plan_of(&benign, &[target], &["classification"], &[]);
     let refused = message(run(Some(&plan), &path("nothing"), false));

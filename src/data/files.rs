@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::image::{self, Gray};
-use super::{Case, Drop, Label, Source};
+use super::{Case, Drop, Label, Lacks, Source};
 use crate::error::{Error, Result};
 
 /// One line of a data set before its files were looked at.
@@ -30,6 +30,7 @@ pub struct Files {
     cases: Vec<Case>,
     paths: Vec<(PathBuf, Vec<PathBuf>)>,
     pub(super) drops: Vec<Drop>,
+    pub(super) lacks: Lacks,
     /// What is left of the first drops; later ones have neither label nor mask.
     dropped: Vec<(Label, Vec<PathBuf>)>,
     read_mask: ReadMask,
@@ -70,6 +71,7 @@ impl Files {
             cases: Vec::new(),
             paths: Vec::new(),
             drops: Vec::new(),
+            lacks: Lacks::default(),
             dropped: Vec::new(),
             read_mask,
         };
@@ -132,7 +134,9 @@ fn check(entry: &Entry, read_mask: ReadMask) -> Result<Case, Flaw> {
     let bytes =
         fs::read(&entry.image).map_err(|e| Error::caused(&entry.image, "cannot be read", e))?;
     let (width, height) = image::dimensions(&entry.image, &bytes)?;
-    if entry.label.is_lesion() {
+    if entry.masks.is_empty() {
+        // A normal case, or a reader that knows of a lesion without a mask.
+    } else if entry.label.is_lesion() {
         let mask = join(&entry.masks, entry.label, (width, height), read_mask)?;
         if !mask.pixels.contains(&255) {
             return Err(Flaw::mismatch(
@@ -208,6 +212,10 @@ impl Source for Files {
         &self.drops
     }
 
+    fn lacks(&self) -> Lacks {
+        self.lacks
+    }
+
     fn dropped_mask(&self, k: usize) -> Result<Option<(Label, Gray)>> {
         let Some((label, masks)) = self.dropped.get(k) else {
             return Ok(None);
@@ -230,6 +238,9 @@ impl Source for Files {
         let size = (case.width, case.height);
         if !case.label.is_lesion() {
             return Ok(Gray::zeros(size.0, size.1));
+        }
+        if self.paths[i].1.is_empty() {
+            return Err(Error::file(&self.paths[i].0, "expected a mask, found none"));
         }
         join(&self.paths[i].1, case.label, size, self.read_mask).map_err(|flaw| flaw.error)
     }

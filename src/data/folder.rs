@@ -3,12 +3,14 @@
 //! `labels.csv` has the columns `image,label` and, if wanted, `patient` and `pixel_mm` (millimetres
 //! per pixel, which may be empty). `image` is a file of `images/`, with or without its extension; its
 //! mask is the file of the same stem in `masks/`, in any supported format. Normal cases need no mask.
+//!
+//! To test on, it may lack `labels.csv` ([`open_unlabelled`]) or `masks/` ([`open_unmasked`]).
 
 use std::path::Path;
 
 use super::files::{Entry, Files, by_stem, file_name, images_in, plain_mask};
 use super::table::Table;
-use super::{Drop, Label};
+use super::{Drop, Label, image};
 use crate::error::{Error, Result};
 
 /// Opens the folder that holds `images/`, `masks/` and `labels.csv`. Images without a row are left
@@ -18,6 +20,53 @@ use crate::error::{Error, Result};
 /// [`Error::File`] for a missing folder, table or column, a row without image, a mask without image,
 /// a lesion without mask, or what is wrong with a file.
 pub fn open(path: &Path) -> Result<Files> {
+    read(path, false)
+}
+
+/// Opens a folder without `masks/`: the masks of its lesions are not known.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_unmasked(path: &Path) -> Result<Files> {
+    let mut files = read(path, true)?;
+    files.lacks.masks = true;
+    Ok(files)
+}
+
+/// Opens a folder without `labels.csv`: an image with a mask that is not black shows a lesion, benign or malignant;
+/// an image with a black mask, or with none, shows none.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_unlabelled(path: &Path) -> Result<Files> {
+    let images = by_stem(images_in(&path.join("images"))?)?;
+    let mut masks = by_stem(images_in(&path.join("masks"))?)?;
+    let mut entries = Vec::new();
+    for (stem, image) in images {
+        let mask = masks.remove(&stem);
+        let lesion = match &mask {
+            Some(mask) => image::read_mask(mask)?.pixels.contains(&255),
+            None => false,
+        };
+        entries.push(Entry {
+            image,
+            masks: mask.into_iter().collect(),
+            // Of the two, one that is not looked at.
+            label: if lesion { Label::Benign } else { Label::Normal },
+            patient: None,
+            pixel_mm: None,
+        });
+    }
+    if let Some((stem, mask)) = masks.first_key_value() {
+        let problem = format!("expected an image {stem}.* in images, found none");
+        return Err(Error::file(mask, problem));
+    }
+    let mut files = Files::new("folder", path, entries, plain_mask)?;
+    files.lacks.labels = true;
+    Ok(files)
+}
+
+fn read(path: &Path, unmasked: bool) -> Result<Files> {
     let table = Table::csv(&path.join("labels.csv"), b',')?;
     let mut images = by_stem(images_in(&path.join("images"))?)?;
     let folder = path.join("masks");
@@ -32,14 +81,14 @@ pub fn open(path: &Path) -> Result<Files> {
             format!("expected an image {mask}.* in images, found none"),
         ));
     }
-    let image = table.column("image")?;
+    let name_column = table.column("image")?;
     let class = table.column("label")?;
     let patient = table.optional("patient");
     let pixel_mm = table.optional("pixel_mm");
 
     let mut entries = Vec::new();
     for row in table.rows() {
-        let name = row.get(image);
+        let name = row.get(name_column);
         let without_extension = Path::new(name).file_stem().and_then(|stem| stem.to_str());
         let (stem, file) = images
             .remove_entry(name)
@@ -50,11 +99,14 @@ pub fn open(path: &Path) -> Result<Files> {
             })
             .ok_or_else(|| {
                 let expected = "expected a file in images/ that no row above names";
-                row.problem(image, format!("{expected}, found none called {name:?}"))
+                row.problem(
+                    name_column,
+                    format!("{expected}, found none called {name:?}"),
+                )
             })?;
         let mask = masks.remove(&stem);
         let label: Label = row.parse(class)?;
-        if label.is_lesion() && mask.is_none() {
+        if label.is_lesion() && mask.is_none() && !unmasked {
             return Err(Error::file(
                 file,
                 format!("expected a mask {stem}.* in masks, since it is {label}, found none"),

@@ -126,6 +126,15 @@ pub struct Drop {
     pub reason: String,
 }
 
+/// What a data set of [`open_to_test`] does without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lacks {
+    /// Diagnoses: what [`Case::label`] says of a lesion means nothing; whether there is one is known.
+    pub labels: bool,
+    /// Masks of lesions.
+    pub masks: bool,
+}
+
 /// A data set that was opened and checked.
 pub trait Source: Send + Sync {
     /// The name of its reader (`breast`, `busi`, …; for a pack, of the data set packed in it).
@@ -136,6 +145,11 @@ pub trait Source: Send + Sync {
 
     /// The images left out.
     fn drops(&self) -> &[Drop];
+
+    /// What it does without; nothing, unless it was opened by [`open_to_test`].
+    fn lacks(&self) -> Lacks {
+        Lacks::default()
+    }
 
     /// Label and mask of the image left out as `drops()[k]`, if the data set has them: unfit to train on
     /// or to compare with, but a shape that can be measured. The mask is of its own size, 0 or 255.
@@ -210,6 +224,33 @@ pub fn open(spec: &str) -> Result<Box<dyn Source>> {
             ));
         }
     })
+}
+
+/// Opens a data set to test on, as [`open`] does, but lets a `folder:` be without `labels.csv` or without `masks/`:
+/// a part of the metrics can be computed all the same ([`Source::lacks`]).
+///
+/// # Errors
+/// As [`open`].
+pub fn open_to_test(spec: &str) -> Result<Box<dyn Source>> {
+    let Some(path) = spec.strip_prefix("folder:").map(Path::new) else {
+        return open(spec);
+    };
+    let lacks = Lacks {
+        labels: !path.join("labels.csv").exists(),
+        masks: !path.join("masks").exists(),
+    };
+    // Without both there is nothing to compare with, and the reader says what it misses.
+    match lacks {
+        Lacks {
+            labels: true,
+            masks: false,
+        } => Ok(Box::new(folder::open_unlabelled(path)?)),
+        Lacks {
+            labels: false,
+            masks: true,
+        } => Ok(Box::new(folder::open_unmasked(path)?)),
+        _ => open(spec),
+    }
 }
 
 /// Groups of cases whose image files are the same bytes, each in case order. Near-duplicates

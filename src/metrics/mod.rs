@@ -49,8 +49,8 @@ pub struct PerImage {
     pub image: String,
     /// Patient, where the data set tells.
     pub patient: Option<String>,
-    /// The diagnosis.
-    pub label: Label,
+    /// The diagnosis; absent for a lesion of a data set without labels.
+    pub label: Option<Label>,
     /// Dice coefficient. This and the next seven as in [`Agreement::Lesion`]; absent without a lesion.
     pub dice: Option<f64>,
     /// Intersection over union.
@@ -90,13 +90,13 @@ impl PerImage {
         dataset: impl Into<String>,
         image: impl Into<String>,
         patient: Option<String>,
-        label: Label,
+        label: impl Into<Option<Label>>,
     ) -> Self {
         Self {
             dataset: dataset.into(),
             image: image.into(),
             patient,
-            label,
+            label: label.into(),
             dice: None,
             iou: None,
             precision: None,
@@ -163,13 +163,10 @@ impl PerImage {
         ]
     }
 
-    /// `(p, malignant)`, if there is a lesion and it was classified.
+    /// `(p, malignant)`, if there is a lesion of known diagnosis and it was classified.
     pub fn diagnosis(&self) -> Option<(f64, bool)> {
-        self.label
-            .is_lesion()
-            .then_some(())
-            .and(self.p)
-            .map(|p| (p, self.label == Label::Malignant))
+        let label = self.label.filter(|label| label.is_lesion())?;
+        Some((self.p?, label == Label::Malignant))
     }
 
     /// Fills in what the predicted mask, the true mask and the width of a (square) pixel in millimetres tell.
@@ -295,7 +292,7 @@ impl DatasetMetrics {
         let by_label = [Label::Benign, Label::Malignant]
             .into_iter()
             .filter_map(|label| {
-                let rows: Vec<&PerImage> = rows.iter().filter(|r| r.label == label).collect();
+                let rows: Vec<&PerImage> = rows.iter().filter(|r| r.label == Some(label)).collect();
                 let metrics = LabelMetrics {
                     n: rows.len(),
                     segmentation: SegmentationMetrics::of(&rows),

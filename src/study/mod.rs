@@ -285,7 +285,10 @@ fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Ve
     for (i, spec) in specs.iter().enumerate() {
         watch.progress("opening data", i as u64, specs.len() as u64, spec);
         stop(interrupt)?;
-        sources.push(data::open(spec)?);
+        sources.push(match i {
+            0 => data::open(spec)?,
+            _ => data::open_to_test(spec)?,
+        });
     }
     let known: Vec<(&str, &str)> = sources
         .iter()

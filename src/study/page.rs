@@ -170,6 +170,10 @@ impl Material<'_> {
         };
         let describe = |set: &super::protocol::DataSet| {
             let [benign, malignant, normal] = set.cases;
+            if set.lacks.labels {
+                let lesions = benign + malignant;
+                return format!("{} ({lesions} lesions, {normal} normal)", set.name);
+            }
             format!(
                 "{} ({benign} benign, {malignant} malignant, {normal} normal)",
                 set.name
@@ -643,7 +647,7 @@ impl Material<'_> {
         plot.guide(&[(0.0, 0.0), (1.0, 1.0)]);
         let mut any = false;
         for (colour, label) in [(0, Label::Benign), (1, Label::Malignant)] {
-            let rows = images.iter().filter(|row| row.label == label);
+            let rows = images.iter().filter(|row| row.label == Some(label));
             let points: Vec<_> = rows.filter_map(|row| Some((row.phi?, row.p?))).collect();
             any |= !points.is_empty();
             plot.name(colour, label.as_str()).dots(colour, &points, 2.2);
@@ -696,7 +700,7 @@ impl Material<'_> {
                 for (colour, label) in [(0, Label::Benign), (1, Label::Malignant)] {
                     plot.name(colour, label.as_str());
                     for (set, rows) in images.iter().enumerate() {
-                        let rows = rows.iter().filter(|row| row.label == label);
+                        let rows = rows.iter().filter(|row| row.label == Some(label));
                         let values: Vec<f64> = rows.filter_map(|row| of(row, k)).collect();
                         if let Some(values) = five(&values) {
                             let side = colour as f64 * 0.36 - 0.18;
@@ -802,7 +806,7 @@ impl Material<'_> {
                     "{}, {what}: {} ({}). Dice: {}; p {}, φ {}",
                     set.name,
                     cases[i].id(),
-                    row.label,
+                    row.label.map_or("no diagnosis known", Label::as_str),
                     figures.join(", "),
                     two(row.p),
                     two(row.phi)

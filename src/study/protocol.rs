@@ -341,6 +341,8 @@ pub struct DataSet {
     pub data: String,
     /// Cases by label: benign, malignant, normal.
     pub cases: [usize; 3],
+    /// What it does without.
+    pub lacks: data::Lacks,
     /// Images left out, and why.
     pub drops: Vec<data::Drop>,
     /// Every image with the SHA-256 of its file.
@@ -366,7 +368,7 @@ impl DataSet {
         subset: &[usize],
         drops: Vec<data::Drop>,
     ) -> Result<Self> {
-        let cases = source.cases();
+        let (cases, lacks) = (source.cases(), source.lacks());
         let contents: Vec<Result<(String, f64)>> = subset
             .par_iter()
             .map(|&i| {
@@ -375,7 +377,7 @@ impl DataSet {
                 let known = (case.label.as_str(), &case.patient, case.pixel_mm);
                 hash.update(format!("{} {known:?}\n", case.sha256));
                 let mut lesion = 0.0;
-                if case.label.is_lesion() {
+                if case.label.is_lesion() && !lacks.masks {
                     let mask = source.mask(i)?.pixels;
                     let inside = mask.iter().filter(|&&v| v > 0).count();
                     lesion = inside as f64 / mask.len() as f64;
@@ -391,6 +393,7 @@ impl DataSet {
             name: name.to_owned(),
             data: data.to_owned(),
             cases: Label::ALL.map(of_label),
+            lacks,
             drops,
             images: subset
                 .iter()

@@ -310,7 +310,9 @@ impl Strata {
         let mut parts: BTreeMap<&'static str, Vec<(f64, Option<&str>)>> = BTreeMap::new();
         for (row, value) in values {
             let value = (value, row.patient.as_deref());
-            parts.entry(row.label.as_str()).or_default().push(value);
+            if let Some(label) = row.label {
+                parts.entry(label.as_str()).or_default().push(value);
+            }
             if let Some(third) = self.third.get(&row.image) {
                 parts.entry(third).or_default().push(value);
             }
@@ -437,7 +439,9 @@ impl Comparison {
             .collect();
         let cases: Vec<([f64; 2], bool)> = both
             .iter()
-            .filter_map(|(a, b)| Some(([a.diagnosis()?.0, b.p?], a.label == Label::Malignant)))
+            .filter_map(|(a, b)| {
+                Some(([a.diagnosis()?.0, b.p?], a.label == Some(Label::Malignant)))
+            })
             .collect();
         let auc = AucDifference::of(&cases).map(|delong| AucComparison {
             ci95: [-Z95, Z95].map(|z| delong.value + z * delong.standard_error),
@@ -586,10 +590,18 @@ fn absent(set: &DataSet, found: &DataSetStatistics) -> Vec<Missing> {
         reason,
     };
     let mut absent = Vec::new();
+    if set.lacks.labels {
+        let reason = "it has no labels.csv".to_owned();
+        absent.push(missing("AUC, calibration, parts by diagnosis", reason));
+    }
+    if set.lacks.masks {
+        let reason = "it has no masks".to_owned();
+        absent.push(missing("Dice, distances, parts by size", reason));
+    }
     if benign + malignant == 0 {
         let reason = format!("none of its {normal} images shows a lesion");
         absent.push(missing("Dice, AUC, calibration", reason));
-    } else if benign == 0 || malignant == 0 {
+    } else if !set.lacks.labels && (benign == 0 || malignant == 0) {
         let reason =
             format!("{benign} benign and {malignant} malignant lesions, and it needs both");
         absent.push(missing("AUC", reason));

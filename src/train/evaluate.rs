@@ -51,7 +51,7 @@ pub fn evaluate(
 ) -> Result<Evaluated> {
     let mut model = Model::open(args.run, args.device)?;
     let manifest = Manifest::read(&args.run.join(MANIFEST))?;
-    let source = data::open(args.data)?;
+    let source = data::open_to_test(args.data)?;
     let (mut subset, _) = select(&*source, args.drop_duplicates, report);
     let before = subset.len();
     if !args.include_training {
@@ -88,11 +88,14 @@ pub(crate) fn examine(
     interrupt: &AtomicBool,
 ) -> Result<Vec<PerImage>> {
     let size = model.config().size;
+    let lacks = source.lacks();
     let row = |model: &Model, k: usize, inference| -> Result<PerImage> {
         let case = &source.cases()[subset[k]];
         let finding = model.finding(&inference, &case.letterbox(size));
-        let mut row = PerImage::new(source.name(), &case.image, case.patient.clone(), case.label);
-        if let Some(mask) = &finding.mask {
+        let lesion = case.label.is_lesion();
+        let label = (!lacks.labels || !lesion).then_some(case.label);
+        let mut row = PerImage::new(source.name(), &case.image, case.patient.clone(), label);
+        if let Some(mask) = finding.mask.as_ref().filter(|_| !lacks.masks || !lesion) {
             let truth = Mask::from(&source.mask(subset[k])?);
             row.compare(mask, &truth, case.pixel_mm)?;
         }
