@@ -745,7 +745,8 @@ impl Material<'_> {
                 arm: method.name.clone(),
                 ..run.clone()
             };
-            models.push((colour, method, Model::open(&own.folder(out))?));
+            let model = Model::open(&own.folder(out), self.manifest.device)?;
+            models.push((colour, method, model));
         }
         let mut shown = Vec::new();
         for (index, set) in sets.iter().enumerate() {

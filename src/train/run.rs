@@ -697,10 +697,15 @@ impl<'a> Run<'a> {
             self.position.best = Some(score);
             self.position.best_epoch = epoch;
         }
-        let prior = |k: usize| {
-            let weights = self.step.prior?.weight;
-            Some(f64::from(self.session.read(weights)[k]))
+        let read = |var| -> Result<Vec<f64>> {
+            let values = self.session.read(var)?;
+            Ok(values.iter().map(|&value| f64::from(value)).collect())
         };
+        let (weights, bias) = match self.step.prior {
+            Some(prior) => (read(prior.weight)?, read(prior.bias)?),
+            None => (Vec::new(), Vec::new()),
+        };
+        let prior = |k: usize| weights.get(k).copied();
         let row = Epoch {
             epoch,
             step,
@@ -718,10 +723,7 @@ impl<'a> Run<'a> {
             prior_orientation: prior(1),
             prior_margin: prior(2),
             prior_roundness: prior(3),
-            prior_bias: self
-                .step
-                .prior
-                .map(|prior| f64::from(self.session.read(prior.bias)[0])),
+            prior_bias: bias.first().copied(),
             seconds: started.elapsed().as_secs_f64(),
         };
         self.report.epoch(&row, self.config.epochs, better);
