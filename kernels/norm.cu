@@ -14,10 +14,7 @@
 //     norm_gradient           12 / 6
 //
 // and between them one launch that adds the pieces up in f64, in an order that depends on sizes alone.
-// Statistics follow Chan, Golub & LeVeque (1983): four values of a column at a time have mean and squared
-// deviations of their own, which are merged with those before; so are threads, and pieces. Nothing is ever the
-// difference of large sums.
-#include "device.cuh"
+#include "epilogue.cuh"
 
 constexpr int kThreads = 256;
 // Threads that add up the pieces of a group.
@@ -79,144 +76,73 @@ struct Tile {
     }
 };
 
-// ---- Reduction of a block ----
-
-// K numbers for each of a block's columns, those of a thread one after another and padded, so that
-// neighbouring threads are in different banks.
-template <int n, int K>
-using Slots = float[K][kThreads * (n + 1)];
-
+// Columns of a block whose numbers are told apart when they are merged: channels, all of them where a period is
+// several rows.
 template <int n>
-__device__ __forceinline__ unsigned slot(unsigned column) {
-    return column + column / n;
+__device__ __forceinline__ unsigned distinct(const Walk& walk) {
+    return walk.period > walk.channels ? walk.channels : walk.across * n;
 }
 
-// Merges what belongs to the same column, by a tree, and calls write(channel, numbers) for each.
-template <int n, int K, class Merge, class Write>
-__device__ __forceinline__ void fold(Slots<n, K>& slots, const Walk& walk, unsigned strip, Merge merge,
-                                     Write write) {
+// Merges the numbers of a block's threads and stores, for each channel, the last two of them as its pair.
+template <int n, int K, class Merge>
+__device__ __forceinline__ void store_partials(float (&slots)[K][kThreads * (n + 1)], float* partials,
+                                               const Walk& walk, const Tile<n>& tile, Merge merge) {
     const unsigned all = walk.down() * walk.across * n;
-    const unsigned width = walk.period > walk.channels ? walk.channels : walk.across * n;
-    __syncthreads();
-    for (unsigned rows = all / width; rows > 1;) {
-        const unsigned half = (rows + 1) / 2;
-        for (unsigned i = threadIdx.x; i < (rows - half) * width; i += kThreads) {
-            float a[K], b[K];
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                a[k] = slots[k][slot<n>(i)];
-                b[k] = slots[k][slot<n>(i + half * width)];
-            }
-            merge(a, b);
-#pragma unroll
-            for (int k = 0; k < K; ++k) slots[k][slot<n>(i)] = a[k];
-        }
-        __syncthreads();
-        rows = half;
-    }
-    for (unsigned i = threadIdx.x; i < width; i += kThreads) {
-        const unsigned channel = strip * walk.across * n + i;
-        if (channel >= walk.channels) continue;
-        float a[K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) a[k] = slots[k][slot<n>(i)];
-        write(channel, a);
-    }
-}
-
-// Where the pair of a channel of a piece is: partials[segment][piece][channel].
-template <class Pointer>
-__device__ __forceinline__ Pointer partial(Pointer partials, unsigned segment, unsigned pieces, unsigned piece,
-                                           unsigned channels, unsigned channel) {
-    return partials + 2 * ((static_cast<size_t>(segment) * pieces + piece) * channels + channel);
-}
-
-__device__ __forceinline__ void store_pair(float* to, float a, float b) {
-    *reinterpret_cast<Vector<float, 2>*>(to) = {{a, b}};
+    fold<kThreads, n>(slots, all, distinct<n>(walk), merge, [&](unsigned column, const float (&a)[K]) {
+        const unsigned channel = tile.strip * walk.across * n + column;
+        if (channel >= walk.channels) return;
+        store_pair(partial(partials, tile.segment, walk.pieces, tile.piece, walk.channels, channel), a[K - 2],
+                   a[K - 1]);
+    });
 }
 
 // ---- Statistics ----
-
-// One more value of a column: weight is 1 / (values so far, with it).
-__device__ __forceinline__ void include(float& mean, float& squares, float x, float weight) {
-    const float before = x - mean;
-    mean = fmaf(before, weight, mean);
-    squares = fmaf(before, x - mean, squares);
-}
 
 template <class T>
 __device__ __forceinline__ void statistics(const T* x, float* partials, const Walk& walk) {
     constexpr int n = kWidth<T>;
     SHARED(float, slots, 3, kThreads * (n + 1));
     const Tile<n> tile(walk);
-    float mean[n] = {}, squares[n] = {};
-    float seen = 0.0f;  // values of each column
-    int more = 0;       // columns of the last step, if that was no whole vector
+    Statistics<n> seen;
+    int more = 0;  // columns of the last step, if that was no whole vector
     const bool whole = tile.is_whole(x, x);
     size_t at = tile.at;
+    const size_t stride = tile.stride;
     if (whole) {
-        const size_t stride = tile.stride;
         for (; at + 3 * stride + n <= tile.end; at += 4 * stride) {
             const Loaded<T, n> v[4] = {Loaded<T, n>(x + at), Loaded<T, n>(x + at + stride),
                                        Loaded<T, n>(x + at + 2 * stride), Loaded<T, n>(x + at + 3 * stride)};
-            const float weight = __fdividef(4.0f, seen + 4.0f), product = seen * weight;
-#pragma unroll
-            for (int i = 0; i < n; ++i) {
-                const float centre = 0.25f * ((v[0][i] + v[1][i]) + (v[2][i] + v[3][i]));
-                float own = 0.0f;
-#pragma unroll
-                for (int k = 0; k < 4; ++k) own = fmaf(v[k][i] - centre, v[k][i] - centre, own);
-                const float apart = centre - mean[i];
-                mean[i] = fmaf(apart, weight, mean[i]);
-                squares[i] += fmaf(apart * apart, product, own);
-            }
-            seen += 4.0f;
+            seen.add_four([&](int k, int i) { return v[k][i]; });
         }
     }
     if (tile.count > 0) {
 #pragma unroll 1
-        for (; at < tile.end; at += tile.stride) {
-            const float weight = __fdividef(1.0f, seen + 1.0f);
+        for (; at < tile.end; at += stride) {
             const int width = tile.width(at);
             if (whole && width == n) {
                 const Loaded<T, n> v(x + at);
+                seen.add([&](int i) { return v[i]; });
+                continue;
+            }
+            const float weight = __fdividef(1.0f, seen.seen + 1.0f);
 #pragma unroll
-                for (int i = 0; i < n; ++i) include(mean[i], squares[i], v[i], weight);
-            } else {
-#pragma unroll
-                for (int i = 0; i < n; ++i) {
-                    if (i < width) include(mean[i], squares[i], to_float(x[at + i]), weight);
-                }
+            for (int i = 0; i < n; ++i) {
+                if (i < width) seen.add_one(i, to_float(x[at + i]), weight);
             }
             if (width == tile.count) {
-                seen += 1.0f;
+                seen.seen += 1.0f;
             } else {
                 more = width;
             }
         }
     }
-    if (tile.row < walk.down()) {
+    seen.store(slots, threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const unsigned to = threadIdx.x * (n + 1) + i;
-            slots[0][to] = i < tile.count ? seen + (i < more ? 1.0f : 0.0f) : 0.0f;
-            slots[1][to] = mean[i];
-            slots[2][to] = squares[i];
-        }
+    for (int i = 0; i < n; ++i) {
+        if (i < more) slots[0][threadIdx.x * (n + 1) + i] = seen.seen + 1.0f;
+        if (i >= tile.count) slots[0][threadIdx.x * (n + 1) + i] = 0.0f;
     }
-    fold<n, 3>(
-        slots, walk, tile.strip,
-        [](float (&a)[3], const float (&b)[3]) {
-            const float count = a[0] + b[0], apart = b[1] - a[1];
-            const float weight = count > 0.0f ? __fdividef(b[0], count) : 0.0f;
-            a[1] = fmaf(apart, weight, a[1]);
-            a[2] += fmaf(apart * apart, a[0] * weight, b[2]);
-            a[0] = count;
-        },
-        [&](unsigned channel, const float (&a)[3]) {
-            store_pair(partial(partials, tile.segment, walk.pieces, tile.piece, walk.channels, channel), a[1],
-                       a[2]);
-        });
+    store_partials(slots, partials, walk, tile, MergeStatistics{});
 }
 
 #define FOR_EACH_TYPE(kernel) kernel(float, f32) kernel(bf16, bf16)
@@ -235,10 +161,10 @@ __device__ __forceinline__ void statistics(const T* x, float* partials, const Wa
     }
 FOR_EACH_TYPE(STATISTICS)
 
-// mean[segment][group] and var[segment][group] of `width` channels each, from their pieces of rows_of_piece
-// rows, the last of which has fewer. Grid: segments * channels / width blocks of kFinishThreads.
+// mean[segment][group] and var[segment][group] of `width` channels each, from their pieces of counts[piece] rows
+// each or, where that is null, of rows_of_piece, the last of which has fewer. Grid: segments * channels / width blocks of kFinishThreads.
 extern "C" __global__ void __launch_bounds__(kFinishThreads)
-norm_statistics_finish(const float* partials, float* mean, float* var, size_t rows, size_t rows_of_piece,
+norm_statistics_finish(const float* partials, const float* counts, float* mean, float* var, size_t rows, size_t rows_of_piece,
                        unsigned channels, unsigned width, unsigned pieces) {
     SHARED(double, scratch, 2, kFinishThreads / 32);
     const unsigned groups = channels / width, group = blockIdx.x % groups, segment = blockIdx.x / groups;
@@ -249,7 +175,8 @@ norm_statistics_finish(const float* partials, float* mean, float* var, size_t ro
             const unsigned piece = i / width, channel = group * width + i % width;
             const size_t left = rows - piece * rows_of_piece;
             const float* from = partial(partials, segment, pieces, piece, channels, channel);
-            sum += f(static_cast<double>(left < rows_of_piece ? left : rows_of_piece), from);
+            const double own = counts != nullptr ? counts[piece] : left < rows_of_piece ? left : rows_of_piece;
+            sum += f(own, from);
         }
         return sum;
     };
@@ -276,42 +203,6 @@ running_statistics(const float* mean, const float* var, float* running_mean, flo
     if (i >= channels) return;
     running_mean[i] = fmaf(keep, running_mean[i], mean_weight * mean[i]);
     running_var[i] = fmaf(keep, running_var[i], var_weight * var[i]);
-}
-
-// ---- The activation ----
-
-// σ(u) of relative accuracy 2⁻²⁰ down to −88, 0 below; NaN for NaN.
-__device__ __forceinline__ float logistic(float u) {
-    return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * u));
-}
-
-// a(u) and dy·a′(u).
-struct Identity {
-    static __device__ __forceinline__ float apply(float u) { return u; }
-    static __device__ __forceinline__ float gradient(float, float dy) { return dy; }
-};
-struct Relu {
-    static __device__ __forceinline__ float apply(float u) { return u < 0.0f ? 0.0f : u; }
-    static __device__ __forceinline__ float gradient(float u, float dy) { return u > 0.0f ? dy : 0.0f; }
-};
-struct Silu {
-    static __device__ __forceinline__ float apply(float u) { return u * logistic(u); }
-    static __device__ __forceinline__ float gradient(float u, float dy) {
-        const float s = logistic(u);
-        return dy * (s * fmaf(u, 1.0f - s, 1.0f));
-    }
-};
-
-// Calls f with the activation of that number in src/ops/norm/device.rs.
-template <class F>
-__device__ __forceinline__ void with_activation(int activation, F f) {
-    if (activation == 0) {
-        f(Identity{});
-    } else if (activation == 1) {
-        f(Relu{});
-    } else {
-        f(Silu{});
-    }
 }
 
 // ---- What belongs to the columns of a thread ----
@@ -473,23 +364,12 @@ __device__ __forceinline__ void partial_gradient_sums(const T* x, const void* dy
             gradient_sums(x, static_cast<const float*>(dy), affine, walk, tile, of_g, of_gx, a);
         }
     });
-    if (tile.row < walk.down()) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-            slots[0][threadIdx.x * (n + 1) + i] = of_g[i];
-            slots[1][threadIdx.x * (n + 1) + i] = of_gx[i];
-        }
+    for (int i = 0; i < n; ++i) {
+        slots[0][threadIdx.x * (n + 1) + i] = of_g[i];
+        slots[1][threadIdx.x * (n + 1) + i] = of_gx[i];
     }
-    fold<n, 2>(
-        slots, walk, tile.strip,
-        [](float (&a)[2], const float (&b)[2]) {
-            a[0] += b[0];
-            a[1] += b[1];
-        },
-        [&](unsigned channel, const float (&a)[2]) {
-            store_pair(partial(partials, tile.segment, walk.pieces, tile.piece, walk.channels, channel), a[0],
-                       a[1]);
-        });
+    store_partials(slots, partials, walk, tile, Add{});
 }
 #define GRADIENT_SUMS(T, suffix)                                                                 \
     extern "C" __global__ void __launch_bounds__(kThreads, 3)                                    \
@@ -504,7 +384,7 @@ FOR_EACH_TYPE(GRADIENT_SUMS)
 // elements, which dx needs. Where a group is one channel of one segment, a channel's block writes them too;
 // where statistics are constants, coefficients is null. Blocks of kFinishThreads.
 extern "C" __global__ void __launch_bounds__(kFinishThreads)
-norm_gradient_finish(const float* partials, const float* mean, const float* var, const float* gamma, float eps,
+norm_gradient_finish(const float* partials, const float* var, const float* gamma, float eps,
                      float* dgamma, float* dbeta, float* coefficients, size_t count, unsigned channels,
                      unsigned width, unsigned segments, unsigned pieces) {
     SHARED(double, scratch, 2, kFinishThreads / 32);

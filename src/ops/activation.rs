@@ -42,6 +42,15 @@ impl Activation {
         }
     }
 
+    /// Its number for kernels: `with_activation` in `kernels/epilogue.cuh`.
+    pub(super) fn number(self) -> i32 {
+        match self {
+            Self::Identity => 0,
+            Self::Relu => 1,
+            Self::Silu => 2,
+        }
+    }
+
     /// Floating-point operations of `a` on one element; an exponential counts as ten.
     pub(super) fn flops(self) -> u64 {
         match self {

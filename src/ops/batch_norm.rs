@@ -6,6 +6,7 @@ use super::activation::Activation;
 use super::norm::{self, Norm, Statistics};
 use super::{Cost, Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::Launches;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
@@ -63,6 +64,14 @@ impl Op for BatchNorm {
     }
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         self.norm().scratch(inputs[0])
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        self.norm().statistics_scratch(inputs[0])
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (mean, var) = (at.output(1), at.output(2));
+        self.norm().launch_statistics(at, mean, var)?;
+        self.norm().launch_normalise(at, mean, var)
     }
     fn rerun(&self, inputs: &[Var], outputs: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
         let again = Normalize {
@@ -132,6 +141,10 @@ impl Op for Normalize {
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         self.norm().scratch(inputs[0])
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (mean, var) = (at.input(3), at.input(4));
+        self.norm().launch_normalise(at, mean, var)
+    }
     fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
         Some((Arc::new(*self), inputs.to_vec()))
     }
@@ -162,12 +175,21 @@ pub struct RunningStatistics {
     pub count: usize,
 }
 
+impl RunningStatistics {
+    /// The factors of what there is, and of the batch's mean and variance.
+    fn weights(&self) -> (f64, [f64; 2]) {
+        let unbiased = self.count as f64 / (self.count - 1) as f64;
+        let weight = self.momentum;
+        (1.0 - weight, [weight, weight * unbiased])
+    }
+}
+
 impl<T: Real> Kernel<T> for RunningStatistics {
     fn run(&self, io: &mut Io<'_, T>) {
-        let unbiased = self.count as f64 / (self.count - 1) as f64;
-        for (i, factor) in [(0, 1.0), (1, unbiased)] {
+        let (keep, weights) = self.weights();
+        for (i, weight) in weights.into_iter().enumerate() {
             let (new, running) = (io.input(i), io.output(i));
-            let (keep, weight) = (T::of(1.0 - self.momentum), T::of(self.momentum * factor));
+            let (keep, weight) = (T::of(keep), T::of(weight));
             for (running, &new) in running.iter_mut().zip(new) {
                 *running = keep * *running + weight * new;
             }
@@ -194,6 +216,10 @@ impl Op for RunningStatistics {
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         6 * inputs[0].len() as u64
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (keep, weights) = self.weights();
+        norm::launch_running_statistics(at, keep, weights)
+    }
 }
 
 pub(super) fn batch_norm_case(s: &mut Sampler) -> Case {
@@ -214,6 +240,7 @@ pub(super) fn batch_norm_case(s: &mut Sampler) -> Case {
         Ok(vec![t.push_all(op, v)?[0]])
     })
     .with("x", shape, x)
+    .narrow()
     .with("gamma", Shape::per_channel(shape.c), gamma)
     .with("beta", Shape::per_channel(shape.c), beta);
     case.step = norm::STEP;
@@ -233,6 +260,7 @@ pub(super) fn normalize_case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(op, v)?])
     })
     .with("x", shape, x)
+    .narrow()
     .with("gamma", vector, gamma)
     .with("beta", vector, beta)
     .with_constant("mean", vector, mean)

@@ -980,6 +980,7 @@ pub(super) fn case(s: &mut Sampler) -> Case {
     let description = format!("{x} ∗ {w}, {op:?}");
     Case::new(description, move |t, v| Ok(vec![t.push(op, v)?]))
         .with("x", x, s.values(x.len(), -1.0, 1.0))
+        .narrow()
         .with("w", w, s.values(w.len(), -1.0, 1.0))
 }
 

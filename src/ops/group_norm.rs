@@ -6,6 +6,7 @@ use super::activation::Activation;
 use super::norm::{self, Norm, Statistics};
 use super::{Cost, Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::Launches;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
@@ -74,6 +75,14 @@ impl Op for GroupNorm {
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         self.norm().scratch(inputs[0])
     }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        self.norm().statistics_scratch(inputs[0])
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (mean, var) = (at.output(1), at.output(2));
+        self.norm().launch_statistics(at, mean, var)?;
+        self.norm().launch_normalise(at, mean, var)
+    }
     fn rerun(&self, inputs: &[Var], outputs: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
         Some((
             Arc::new(Again(self.norm())),
@@ -113,6 +122,10 @@ impl Op for Again {
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         self.0.scratch(inputs[0])
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (mean, var) = (at.input(3), at.input(4));
+        self.0.launch_normalise(at, mean, var)
+    }
 }
 
 pub(super) fn group_norm_case(s: &mut Sampler) -> Case {
@@ -137,6 +150,7 @@ pub(super) fn group_norm_case(s: &mut Sampler) -> Case {
         Ok(vec![t.push_all(op, v)?[0]])
     })
     .with("x", shape, x)
+    .narrow()
     .with("gamma", Shape::per_channel(shape.c), gamma)
     .with("beta", Shape::per_channel(shape.c), beta);
     case.step = norm::STEP;

@@ -256,6 +256,7 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         shape,
         s.values(shape.len(), offset - 2.0, offset + 2.0),
     )
+    .narrow()
     .with("gamma", vector, s.values_off_zero(shape.c, 0.3, 1.5))
     .with("beta", vector, s.values(shape.c, -1.0, 1.0))
     .with_step(norm::STEP)

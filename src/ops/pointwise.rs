@@ -37,7 +37,7 @@ const BYTES: usize = 16;
 const VECTORS: usize = 2;
 
 /// Elements that a thread moves at a time.
-fn width(narrow: bool) -> usize {
+pub(super) fn width(narrow: bool) -> usize {
     BYTES / if narrow { 2 } else { 4 }
 }
 
@@ -556,7 +556,7 @@ impl Walk {
     }
 }
 
-fn gcd(a: usize, b: usize) -> usize {
+pub(super) fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 

@@ -71,6 +71,11 @@ impl Pointer {
         self.address
     }
 
+    /// The f32 that lie `bytes` further on, within the same value or scratch.
+    pub fn after(self, bytes: usize) -> Self {
+        Self::full(self.address + bytes as u64)
+    }
+
     /// Whether the elements are bf16.
     pub fn is_narrow(self) -> bool {
         self.narrow

@@ -1,0 +1,390 @@
+//! What GPUs launch for batch and group normalisation: `kernels/norm.cu`.
+
+use super::{Norm, Statistics};
+use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, Stored, kernel};
+use crate::error::Result;
+use crate::ops::pointwise::{extent, gcd, width};
+use crate::tensor::Shape;
+
+/// Threads of a block, and of one that adds up pieces.
+const THREADS: usize = 256;
+const FINISH_THREADS: u32 = 128;
+/// Most vectors of a block along a row: together with the number of rows that are left for a block, this
+/// decides how many partial sums there are.
+const ACROSS: usize = 32;
+/// Fewest steps of a block that reduces, and how many such blocks are enough for any GPU: beyond, their steps
+/// grow. Steps of a block of an elementwise pass.
+const STEPS: usize = 8;
+const BLOCKS: usize = 1024;
+const VECTORS: usize = 4;
+
+/// How a kernel walks down a matrix of the channels of all pixels of each segment.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    segments: usize,
+    /// Elements of a segment.
+    len: usize,
+    channels: usize,
+    /// Elements of a row as it is walked: as many rows as make whole vectors, if they are few.
+    period: usize,
+    /// Vectors of a block along a period, and blocks beside one another.
+    across: usize,
+    strips: usize,
+    /// Blocks down a segment, and steps of each.
+    pieces: usize,
+    steps: usize,
+}
+
+impl Walk {
+    /// One that reduces, in vectors of `n` elements.
+    fn reducing(segments: usize, shape: Shape, n: usize) -> Self {
+        let walk = Self::elementwise(segments, shape, n);
+        let steps = walk.total() * walk.segments * walk.strips;
+        walk.cut(steps.div_ceil(BLOCKS).max(STEPS))
+    }
+
+    fn elementwise(segments: usize, shape: Shape, n: usize) -> Self {
+        let c = shape.c;
+        let vectors = c / gcd(c, n);
+        let (period, strips) = if c.is_multiple_of(n) {
+            (c, vectors.div_ceil(ACROSS))
+        } else if vectors <= THREADS {
+            (vectors * n, 1)
+        } else {
+            (c, c.div_ceil(n).div_ceil(ACROSS))
+        };
+        let walk = Self {
+            segments,
+            len: shape.len() / segments.max(1),
+            channels: c,
+            period,
+            across: period.div_ceil(n).div_ceil(strips),
+            strips,
+            pieces: 0,
+            steps: 0,
+        };
+        walk.cut(VECTORS)
+    }
+
+    /// Elements that all blocks beside one another take at a step.
+    fn step(&self) -> usize {
+        THREADS / self.across * self.period
+    }
+
+    /// Steps down a segment.
+    fn total(&self) -> usize {
+        self.len.div_ceil(self.step())
+    }
+
+    fn cut(self, steps: usize) -> Self {
+        let pieces = self.total().div_ceil(steps);
+        Self {
+            pieces,
+            steps,
+            ..self
+        }
+    }
+
+    fn grid(&self) -> Grid {
+        let blocks = self.segments * self.pieces * self.strips;
+        Grid::new(blocks, THREADS as u32)
+    }
+
+    /// Bytes of a pair of numbers for each channel of each piece.
+    fn partials(&self) -> usize {
+        PAIR * self.segments * self.pieces * self.channels
+    }
+}
+
+const PAIR: usize = 2 * size_of::<f32>();
+
+kernel! {
+    struct NormStatistics = "norm_statistics" {
+        x: Stored, partials: Full,
+        len: u64, channels: u32, period: u32, across: u32, strips: u32, pieces: u32, steps: u32,
+    }
+}
+kernel! {
+    struct NormStatisticsFinish = "norm_statistics_finish" {
+        partials: Full, counts: Full, mean: Full, var: Full, rows: u64, rows_of_piece: u64,
+        channels: u32, width: u32, pieces: u32,
+    }
+}
+kernel! {
+    struct NormalizeKernel = "normalize" {
+        x: Stored, y: Stored,
+        mean: Full, var: Full, gamma: Full, beta: Full, eps: f32, width: u32, activation: i32,
+        len: u64, channels: u32, period: u32, across: u32, strips: u32, pieces: u32, steps: u32,
+    }
+}
+kernel! {
+    struct NormGradientSums = "norm_gradient_sums" {
+        x: Stored, dy: u64, dy_narrow: i32, partials: Full,
+        mean: Full, var: Full, gamma: Full, beta: Full, eps: f32, width: u32, activation: i32,
+        len: u64, channels: u32, period: u32, across: u32, strips: u32, pieces: u32, steps: u32,
+    }
+}
+kernel! {
+    struct NormGradientFinish = "norm_gradient_finish" {
+        partials: Full, var: Full, gamma: Full, eps: f32,
+        dgamma: Full, dbeta: Full, coefficients: Full,
+        count: u64, channels: u32, width: u32, segments: u32, pieces: u32,
+    }
+}
+kernel! {
+    struct NormGradientKernel = "norm_gradient" {
+        x: Stored, dy: u64, dy_narrow: i32, coefficients: Full, dx: Stored,
+        mean: Full, var: Full, gamma: Full, beta: Full, eps: f32, width: u32, activation: i32,
+        len: u64, channels: u32, period: u32, across: u32, strips: u32, pieces: u32, steps: u32,
+    }
+}
+kernel! {
+    struct RunningStatisticsKernel = "running_statistics" {
+        mean: Full, var: Full, running_mean: Full, running_var: Full,
+        channels: u32, keep: f32, mean_weight: f32, var_weight: f32,
+    }
+}
+
+/// The sizes that kernels are told.
+struct Sizes {
+    len: u64,
+    channels: u32,
+    period: u32,
+    across: u32,
+    strips: u32,
+    pieces: u32,
+    steps: u32,
+}
+
+fn sizes(name: &str, walk: &Walk) -> Result<Sizes> {
+    let int = |n| extent(name, n);
+    Ok(Sizes {
+        len: walk.len as u64,
+        channels: int(walk.channels)?,
+        period: int(walk.period)?,
+        across: int(walk.across)?,
+        strips: int(walk.strips)?,
+        pieces: int(walk.pieces)?,
+        steps: int(walk.steps)?,
+    })
+}
+
+impl Norm {
+    fn segments(&self, x: Shape) -> usize {
+        match self.statistics {
+            Statistics::Batch | Statistics::Constant => 1,
+            Statistics::Groups(_) => x.n,
+        }
+    }
+
+    /// Channels of a group.
+    fn width(&self, x: Shape) -> usize {
+        x.c / self.statistics.groups(x)
+    }
+
+    fn reducing(&self, x: Shape, narrow: bool) -> Walk {
+        Walk::reducing(self.segments(x), x, width(narrow))
+    }
+
+    /// Bytes of working memory of [`Norm::launch_statistics`].
+    pub fn statistics_scratch(&self, x: Shape) -> usize {
+        match x.is_empty() {
+            true => 0,
+            false => {
+                let [wide, narrow] = [false, true].map(|n| self.reducing(x, n).partials());
+                wide.max(narrow)
+            }
+        }
+    }
+
+    /// Mean and variance of input 0, to `mean` and `var`.
+    pub fn launch_statistics(
+        &self,
+        at: &mut Launches<'_>,
+        mean: Pointer,
+        var: Pointer,
+    ) -> Result<()> {
+        let (x, shape, partials) = (at.input(0), at.input_shape(0), at.scratch());
+        if shape.is_empty() {
+            return Ok(());
+        }
+        let walk = self.reducing(shape, x.is_narrow());
+        let sizes = sizes("norm_statistics", &walk)?;
+        let reduction = NormStatistics {
+            x: x.into(),
+            partials: partials.into(),
+            len: sizes.len,
+            channels: sizes.channels,
+            period: sizes.period,
+            across: sizes.across,
+            strips: sizes.strips,
+            pieces: sizes.pieces,
+            steps: sizes.steps,
+        };
+        at.launch(walk.grid(), &reduction)?;
+        let finish = NormStatisticsFinish {
+            partials: partials.into(),
+            counts: Pointer::NULL.into(),
+            mean: mean.into(),
+            var: var.into(),
+            rows: (walk.len / walk.channels) as u64,
+            rows_of_piece: (walk.steps * walk.step() / walk.channels) as u64,
+            channels: sizes.channels,
+            width: extent("norm_statistics_finish", self.width(shape))?,
+            pieces: sizes.pieces,
+        };
+        let groups = self.statistics.shape(shape).len();
+        at.launch(Grid::new(groups, FINISH_THREADS), &finish)
+    }
+
+    /// Normalises input 0 with inputs 1 and 2, `gamma` and `beta`, and the given statistics into output 0.
+    pub fn launch_normalise(
+        &self,
+        at: &mut Launches<'_>,
+        mean: Pointer,
+        var: Pointer,
+    ) -> Result<()> {
+        let (x, shape) = (at.input(0), at.input_shape(0));
+        if shape.is_empty() {
+            return Ok(());
+        }
+        let walk = Walk::elementwise(self.segments(shape), shape, width(x.is_narrow()));
+        let sizes = sizes("normalize", &walk)?;
+        let arguments = NormalizeKernel {
+            x: x.into(),
+            y: at.output(0).into(),
+            mean: mean.into(),
+            var: var.into(),
+            gamma: at.input(1).into(),
+            beta: at.input(2).into(),
+            eps: self.eps as f32,
+            width: extent("normalize", self.width(shape))?,
+            activation: self.activation.number(),
+            len: sizes.len,
+            channels: sizes.channels,
+            period: sizes.period,
+            across: sizes.across,
+            strips: sizes.strips,
+            pieces: sizes.pieces,
+            steps: sizes.steps,
+        };
+        at.launch(walk.grid(), &arguments)
+    }
+
+    /// Bytes of the two coefficients of each group, which lie before the partial sums.
+    fn coefficients(&self, x: Shape) -> usize {
+        (PAIR * self.statistics.shape(x).len()).next_multiple_of(16)
+    }
+
+    /// Bytes of working memory of [`Norm::launch_gradient`].
+    pub fn gradient_scratch(&self, x: Shape) -> usize {
+        self.coefficients(x) + self.statistics_scratch(x)
+    }
+
+    /// The launches of [`super::NormGradient`].
+    pub fn launch_gradient(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (x, shape, dy) = (at.input(0), at.input_shape(0), at.input(5));
+        if shape.c == 0 {
+            return Ok(());
+        }
+        let segments = self.segments(shape);
+        let walk = self.reducing(shape, x.is_narrow());
+        let reducing = sizes("norm_gradient_sums", &walk)?;
+        let (gamma, beta, mean, var) = (at.input(1), at.input(2), at.input(3), at.input(4));
+        let (eps, activation) = (self.eps as f32, self.activation.number());
+        let width_of_group = extent("norm_gradient", self.width(shape))?;
+        let partials = at.scratch().after(self.coefficients(shape));
+        let sums = NormGradientSums {
+            x: x.into(),
+            dy: dy.address(),
+            dy_narrow: dy.is_narrow().into(),
+            partials: partials.into(),
+            mean: mean.into(),
+            var: var.into(),
+            gamma: gamma.into(),
+            beta: beta.into(),
+            eps,
+            width: width_of_group,
+            activation,
+            len: reducing.len,
+            channels: reducing.channels,
+            period: reducing.period,
+            across: reducing.across,
+            strips: reducing.strips,
+            pieces: reducing.pieces,
+            steps: reducing.steps,
+        };
+        at.launch(walk.grid(), &sums)?;
+
+        let groups = self.statistics.shape(shape).len();
+        let coefficients = match self.statistics {
+            Statistics::Constant => Pointer::NULL,
+            Statistics::Batch | Statistics::Groups(_) => at.scratch(),
+        };
+        // Blocks of groups that are more than one channel of one segment.
+        let more = match self.statistics {
+            Statistics::Groups(_) if segments * self.width(shape) != 1 => groups,
+            _ => 0,
+        };
+        let finish = NormGradientFinish {
+            partials: partials.into(),
+            var: var.into(),
+            gamma: gamma.into(),
+            eps,
+            dgamma: at.output(1).into(),
+            dbeta: at.output(2).into(),
+            coefficients: coefficients.into(),
+            count: (walk.len / walk.channels * self.width(shape)) as u64,
+            channels: reducing.channels,
+            width: width_of_group,
+            segments: extent("norm_gradient_finish", segments)?,
+            pieces: reducing.pieces,
+        };
+        at.launch(Grid::new(shape.c + more, FINISH_THREADS), &finish)?;
+
+        let walk = Walk::elementwise(segments, shape, width(x.is_narrow()));
+        let sizes = sizes("norm_gradient", &walk)?;
+        let arguments = NormGradientKernel {
+            x: x.into(),
+            dy: dy.address(),
+            dy_narrow: dy.is_narrow().into(),
+            coefficients: coefficients.into(),
+            dx: at.output(0).into(),
+            mean: mean.into(),
+            var: var.into(),
+            gamma: gamma.into(),
+            beta: beta.into(),
+            eps,
+            width: width_of_group,
+            activation,
+            len: sizes.len,
+            channels: sizes.channels,
+            period: sizes.period,
+            across: sizes.across,
+            strips: sizes.strips,
+            pieces: sizes.pieces,
+            steps: sizes.steps,
+        };
+        at.launch(walk.grid(), &arguments)
+    }
+}
+
+/// Moves outputs 0 and 1 towards inputs 0 and 1, which weigh `weights`; what is there weighs `keep`.
+pub(in crate::ops) fn launch_running_statistics(
+    at: &mut Launches<'_>,
+    keep: f64,
+    weights: [f64; 2],
+) -> Result<()> {
+    let channels = at.input_shape(0).len();
+    let arguments = RunningStatisticsKernel {
+        mean: at.input(0).into(),
+        var: at.input(1).into(),
+        running_mean: at.output(0).into(),
+        running_var: at.output(1).into(),
+        channels: extent("running_statistics", channels)?,
+        keep: keep as f32,
+        mean_weight: weights[0] as f32,
+        var_weight: weights[1] as f32,
+    };
+    at.launch(Grid::cover(channels, THREADS as u32), &arguments)
+}
