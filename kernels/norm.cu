@@ -390,7 +390,7 @@ norm_gradient_finish(const float* partials, const float* var, const float* gamma
     SHARED(double, scratch, 2, kFinishThreads / 32);
     const unsigned groups = channels / width;
     auto scale = [&](unsigned segment, unsigned group) {
-        return 1.0 / sqrt(static_cast<double>(var[segment * groups + group]) + eps);
+        return static_cast<double>(rsqrtf(var[segment * groups + group] + eps));
     };
     double of_g = 0.0, of_gx = 0.0;
     if (blockIdx.x < channels) {
