@@ -1,6 +1,7 @@
 //! How a study goes: on a terminal every method with its folds, the run under way, the time left; elsewhere plain
 //! lines.
 
+use std::collections::HashSet;
 use std::io::IsTerminal;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ pub struct Overview {
     /// Work before the first run, and pieces of work within one.
     console: Console,
     grid: Mutex<Option<Grid>>,
+    /// Lines said already: every run finds the same duplicates and flaws in the same data.
+    said: Mutex<HashSet<String>>,
 }
 
 /// All runs and their states.
@@ -144,6 +147,10 @@ impl Overview {
 
 impl Report for Overview {
     fn line(&self, text: &str) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        if !said.insert(text.to_owned()) {
+            return;
+        }
         match self.grid().as_ref().and_then(|grid| grid.screen.as_ref()) {
             Some(screen) => screen.all.suspend(|| note!("{text}")),
             None => self.console.line(text),
