@@ -605,8 +605,16 @@ fn arms_start_from_equal_weights() {
 #[test]
 fn what_is_left_out_of_the_consistency_term_has_no_effect() {
     let step = |settings: &[(&str, &str)]| {
-        let config = config(settings);
+        // Clipping would scale every gradient by the norm of all.
+        let config = config(&[&[("optimizer.clip", "0")][..], settings].concat());
         let mut small = Small::<f64>::new(&config);
+        // A random mask is undecided or empty; this one has shapes.
+        let head = small
+            .step
+            .tape
+            .find(Kind::Parameter, "mask.weight")
+            .unwrap();
+        small.session.write(head, &[1.5, -2.0, 1.0]);
         small.session.run();
         let consistency = small.step.terms.consistency.unwrap();
         let read = |name: &str| -> Vec<f64> {
