@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.nn.utils.fusion import fuse_conv_bn_eval  # noqa: E402
 
 from attention_unet import AttentionUNet  # noqa: E402
-from unet_step import UNet  # noqa: E402
+from training_step import UNet  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
 

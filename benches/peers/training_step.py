@@ -1,7 +1,9 @@
-"""A training step of the U-Net against PyTorch (eager, channels_last), in one interleaved run.
+"""A training step against PyTorch (eager, channels_last), in one interleaved run.
 
-    cargo bench --bench unet_step --no-run
-    python benches/peers/unet_step.py target/release/deps/unet_step-<hash> [rounds] [size batch widths...]
+    cargo bench --bench training_step --no-run
+    python benches/peers/training_step.py target/release/deps/training_step-<hash> [rounds] [preset size batch widths...]
+
+The presets are `unet` and `efficientnet-b1`.
 
 Same network, loss, clipping and AdamW on both sides, same number of threads; the least and the median of all
 rounds count. Peak memory is the resident set above that before the network was built.
@@ -16,6 +18,8 @@ THREADS = os.environ.setdefault("RAYON_NUM_THREADS", "2")
 import torch  # noqa: E402  (after the environment is set)
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+
+from attention_unet import AttentionUNet  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
 
@@ -57,7 +61,9 @@ def memory(pid, key):
 
 def main():
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    size, batch, *widths = [int(x) for x in sys.argv[3:]] or [256, 4, 32, 64, 128, 256, 512]
+    preset, *numbers = sys.argv[3:] or ["unet"]
+    size, batch, *widths = [int(x) for x in numbers] or [256, 4, 32, 64, 128, 256, 512]
+    widths = widths or [16, 32, 64, 128, 256]
 
     server = subprocess.Popen([sys.argv[1], "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -66,10 +72,10 @@ def main():
         return server.stdout.readline()
 
     ours_before = memory(server.pid, "VmRSS")
-    ask(size, batch, *widths)
+    ask(preset, size, batch, *widths)
 
     peer_before = memory("self", "VmRSS")
-    net = UNet(widths).to(memory_format=torch.channels_last)
+    net = {"unet": UNet, "efficientnet-b1": AttentionUNet}[preset](widths).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, foreach=True)
     x = torch.rand(batch, 1, size, size).contiguous(memory_format=torch.channels_last)
     g = (torch.rand(batch, 1, size, size) > 0.7).float()
@@ -98,7 +104,7 @@ def main():
     def median(values):
         return sorted(values)[len(values) // 2]
 
-    print(f"PyTorch {torch.__version__}, {THREADS} threads, U-Net {widths}, {size}², batch {batch}, {rounds} rounds")
+    print(f"PyTorch {torch.__version__}, {THREADS} threads, {preset} {widths}, {size}², batch {batch}, {rounds} rounds")
     for name, of in [("least", min), ("median", median)]:
         print(f"{name:>8}: ours {of(ours):8.1f} ms, PyTorch {of(peer):8.1f} ms, ratio {of(ours) / of(peer):.2f}")
     print(f"  memory: ours {peaks[0]:8.0f} MiB, PyTorch {peaks[1]:8.0f} MiB, ratio {peaks[0] / peaks[1]:.2f}")

@@ -1,7 +1,7 @@
-//! A whole training step of the U-Net: forward, loss of the multi-task arm, backward, clipping, AdamW.
+//! A whole training step of a network: forward, loss of the multi-task arm, backward, clipping, AdamW.
 //!
-//! `cargo bench --bench unet_step` runs criterion on the `unet` preset. `-- --table SIZE BATCH WIDTHS...`
-//! prints where the time of one step goes, by operation. `benches/peers/unet_step.py` compares with
+//! `cargo bench --bench training_step` runs criterion on the `unet` preset. `-- --table PRESET SIZE BATCH
+//! WIDTHS...` prints where the time of one step goes, by operation. `benches/peers/training_step.py` compares with
 //! PyTorch: it starts this program with `--serve` and asks for steps between its own, so that both see
 //! the same state of a shared machine.
 
@@ -15,13 +15,50 @@ use echograd::tape::Var;
 use echograd::train::config::{Arm, Config, Preset};
 use echograd::train::step::TrainingStep;
 
+/// What a step is recorded for.
+struct Settings {
+    preset: Preset,
+    size: usize,
+    batch: usize,
+    widths: Vec<usize>,
+}
+
+impl Settings {
+    /// From the words `PRESET SIZE BATCH WIDTHS...`; what is missing is that of the `unet` preset.
+    fn parse<'a>(mut words: impl Iterator<Item = &'a str>) -> Self {
+        let preset = match words.next() {
+            None | Some("unet") => Preset::Unet,
+            Some("efficientnet-b1") => Preset::EfficientnetB1,
+            Some(other) => panic!("expected unet or efficientnet-b1, found {other}"),
+        };
+        let mut numbers = words.map(|w| w.parse().expect("a number"));
+        let [size, batch] = [128, 16].map(|default| numbers.next().unwrap_or(default));
+        let mut widths: Vec<usize> = numbers.collect();
+        if widths.is_empty() {
+            widths = Config::preset(preset).model.widths;
+        }
+        Self {
+            preset,
+            size,
+            batch,
+            widths,
+        }
+    }
+}
+
 /// A step with a batch in place: discs over noise.
-fn step(size: usize, batch: usize, widths: &[usize]) -> Session<f32> {
-    let mut config = Config::preset(Preset::Unet);
+fn step(settings: Settings) -> Session<f32> {
+    let Settings {
+        preset,
+        size,
+        batch,
+        widths,
+    } = settings;
+    let mut config = Config::preset(preset);
     config.arm = Arm::Multitask;
     config.size = size;
     config.batch = batch;
-    config.model.widths = widths.to_vec();
+    config.model.widths = widths;
     config.optimizer.ema = 0.0;
     config.validate().expect("a valid configuration");
     let step = TrainingStep::record(&config, false).expect("a valid step");
@@ -46,8 +83,8 @@ fn fill(session: &mut Session<f32>, var: Var, f: impl Fn(usize) -> f32) {
 }
 
 /// Milliseconds, calls, GFLOP/s and GB/s of each operation; the least of five replays for each step.
-fn table(size: usize, batch: usize, widths: &[usize]) {
-    let mut session = step(size, batch, widths);
+fn table(settings: Settings) {
+    let mut session = step(settings);
     println!(
         "{}",
         session
@@ -99,21 +136,13 @@ fn table(size: usize, batch: usize, widths: &[usize]) {
     );
 }
 
-/// Builds the step that the first line describes (`size batch widths...`), then answers every further
+/// Builds the step that the first line describes (`preset size batch widths...`), then answers every further
 /// line, a number of repeats, with the least milliseconds of that many steps.
 fn serve() {
-    let numbers = |line: std::io::Result<String>| -> Vec<usize> {
-        let line = line.expect("standard input");
-        line.split_whitespace()
-            .map(|w| w.parse().expect("a number"))
-            .collect()
-    };
-    let mut lines = std::io::stdin().lock().lines().map(numbers);
-    let shape = lines.next().unwrap_or_default();
-    let [size, batch, ref widths @ ..] = shape[..] else {
-        panic!("expected size, batch and widths, found {shape:?}");
-    };
-    let mut session = step(size, batch, widths);
+    let lines = std::io::stdin().lock().lines();
+    let mut lines = lines.map(|line| line.expect("standard input"));
+    let first = lines.next().unwrap_or_default();
+    let mut session = step(Settings::parse(first.split_whitespace()));
     session.run();
     println!("ready");
     for line in lines {
@@ -122,7 +151,8 @@ fn serve() {
             session.run();
             start.elapsed()
         };
-        let least = (0..line[0]).map(time).min().unwrap_or_default();
+        let repeats: usize = line.trim().parse().expect("a number of repeats");
+        let least = (0..repeats).map(time).min().unwrap_or_default();
         println!("{:.3}", least.as_secs_f64() * 1e3);
     }
 }
@@ -132,18 +162,12 @@ fn main() {
     if arguments.iter().any(|a| a == "--serve") {
         serve();
     } else if let Some(at) = arguments.iter().position(|a| a == "--table") {
-        let numbers: Vec<usize> = arguments[at + 1..]
-            .iter()
-            .filter_map(|a| a.parse().ok())
-            .collect();
-        match numbers[..] {
-            [] => table(128, 16, &[16, 32, 64, 128, 256]),
-            [size, batch, ref widths @ ..] => table(size, batch, widths),
-            _ => panic!("expected size, batch and widths"),
-        }
+        // Cargo adds an argument of its own.
+        let words = arguments[at + 1..].iter().map(String::as_str);
+        table(Settings::parse(words.filter(|word| *word != "--bench")));
     } else {
         let mut criterion = Criterion::default().configure_from_args().sample_size(10);
-        let mut session = step(128, 16, &[16, 32, 64, 128, 256]);
+        let mut session = step(Settings::parse(std::iter::empty()));
         criterion.bench_function("U-Net 16–256, 128², batch 16, step", |b| {
             b.iter(|| session.run())
         });
