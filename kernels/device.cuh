@@ -142,6 +142,22 @@ struct Loaded {
     }
 };
 
+// Elements that are stored as bf16 or f32, as is known when a kernel runs.
+struct Elements {
+    void* address;
+    bool narrow;
+    __device__ __forceinline__ float get(size_t i) const {
+        return narrow ? to_float(static_cast<const bf16*>(address)[i]) : static_cast<const float*>(address)[i];
+    }
+    __device__ __forceinline__ void set(size_t i, float x) const {
+        if (narrow) {
+            static_cast<bf16*>(address)[i] = from_float<bf16>(x);
+        } else {
+            static_cast<float*>(address)[i] = x;
+        }
+    }
+};
+
 // Rounds and stores 16 bytes of elements, to an address that is a multiple of 16.
 __device__ __forceinline__ void store_vector(float* y, const float (&v)[4]) {
     *reinterpret_cast<Vector<float, 4>*>(y) = {{v[0], v[1], v[2], v[3]}};
@@ -149,6 +165,12 @@ __device__ __forceinline__ void store_vector(float* y, const float (&v)[4]) {
 __device__ __forceinline__ void store_vector(bf16* y, const float (&v)[8]) {
     *reinterpret_cast<Vector<unsigned, 4>*>(y) = {{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
                                                    pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])}};
+}
+
+// A single element, for code that takes vectors of one.
+template <class T>
+__device__ __forceinline__ void store_vector(T* y, const float (&v)[1]) {
+    *y = from_float<T>(v[0]);
 }
 
 // Four words to global memory as one. Compilers split a plain store of words that inline PTX made.
@@ -172,6 +194,27 @@ __device__ __forceinline__ Division divide(size_t i, unsigned extent) {
         return {low / extent, low % extent};
     }
     return {i / extent, static_cast<unsigned>(i % extent)};
+}
+
+// Channels channel.. of one pixel of an N×rows×columns×C map.
+struct Place {
+    size_t image;
+    int row, column;
+    unsigned channel;
+};
+// Where unit i lies if the pixels' channels are cut into `units` units of n.
+template <int n>
+__device__ __forceinline__ Place place_of(size_t i, unsigned units, int rows, int columns) {
+    const Division unit = divide(i, units);
+    const Division column = divide(unit.quotient, static_cast<unsigned>(columns));
+    const Division row = divide(column.quotient, static_cast<unsigned>(rows));
+    return {row.quotient, static_cast<int>(row.remainder), static_cast<int>(column.remainder),
+            unit.remainder * n};
+}
+// The offset of a pixel's first element.
+__device__ __forceinline__ size_t pixel_offset(size_t image, int row, int column, int rows, int columns,
+                                               unsigned channels) {
+    return ((image * rows + row) * columns + column) * channels;
 }
 
 // ---- Functions ----
@@ -233,6 +276,17 @@ __device__ __forceinline__ float minimum(float x, float y) {
     return z;
 #else
     return x < y || x != x ? x : y;
+#endif
+}
+
+// The larger of the two, and NaN if either is (fmaxf would drop it).
+__device__ __forceinline__ float maximum(float x, float y) {
+#if !ECHOGRAD_EMULATOR && __CUDA_ARCH__ >= 800
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+#else
+    return x > y || x != x ? x : y;
 #endif
 }
 

@@ -15,6 +15,11 @@
 //     dropout                         8 / 4                         90 / 80 %: 195 instructions for each 32 bytes,
 //                                                                   38 of them multiplications at half speed
 //     join_rows                       8 / 4                         90 % in units of 16 bytes
+//     gate_rows                       8 / 4, the row is cached      90 / 85 %: as silu
+//     gate_pixels                     8 / 4, and a logit a pixel    90 %: one sigmoid a vector
+//     stochastic_depth                12 / 6; 8 / 4 for images without the branch   90 %
+//     its gradient                    8 / 4; 4 / 2 likewise         90 %
+//     spread_rows                     4 / 2                         90 % of writing alone
 //
 // y may be the first operand itself (in place): a thread reads its elements before it writes them, and
 // no pointer is `__restrict__`. Any length and alignment: the last vector, and tensors whose addresses
@@ -29,6 +34,14 @@ constexpr int kVectors = 2;
 // Elements of a vector.
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
+
+// Stores a vector as one: compilers split plain stores in kernels that hold several of these loops.
+__device__ __forceinline__ void store_whole(float* y, const float (&v)[4]) {
+    store_16_bytes(y, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+__device__ __forceinline__ void store_whole(bf16* y, const float (&v)[8]) {
+    store_16_bytes(y, pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
 
 // y[i] = f(x[i], b) for the vectors of T at first, first + stride, ... (Vectors of them).
 template <int Vectors, class T, class Operand, class F>
@@ -49,7 +62,7 @@ __device__ __forceinline__ void vectors(const T* x, T* y, size_t first, const Op
         float v[n];
 #pragma unroll
         for (int i = 0; i < n; ++i) v[i] = f(both.x[i], b[i]);
-        store_vector(y + first + k * size_t(kThreads * n), v);
+        store_whole(y + first + k * size_t(kThreads * n), v);
     };
     if constexpr (Vectors == 1) {
         store(0, load(0));
@@ -61,30 +74,37 @@ __device__ __forceinline__ void vectors(const T* x, T* y, size_t first, const Op
     }
 }
 
-// y[i] = f(x[i], b) for i < len, b from the operand: load<n>(at) begins to fetch what belongs to the
-// vector at `at`, values() ends it, and at(i) is the value for one element.
-// Grid: ceil(len / (kVectors * kThreads * kWidth)) blocks of kThreads.
+// y[i] = f(x[i], b) for begin ≤ i < end, b from the operand: load<n>(at) begins to fetch what belongs to the
+// vector at `at`, values() ends it, and at(i) is the value for one element. `block`: number of this block among
+// ceil((end - begin) / (kVectors * kThreads * kWidth)) of kThreads.
 template <class T, class Operand, class F>
-__device__ __forceinline__ void transform(const T* x, T* y, size_t len, const Operand& operand, F f) {
+__device__ __forceinline__ void transform(const T* x, T* y, size_t begin, size_t end, unsigned block,
+                                          const Operand& operand, F f) {
     constexpr int n = kWidth<T>;
     constexpr size_t stride = kThreads * n;
-    const size_t first = blockIdx.x * (kVectors * stride) + threadIdx.x * n;
-    const bool aligned = is_aligned<16>(x) && is_aligned<16>(y) && operand.is_aligned();
-    if (aligned && first + (kVectors - 1) * stride + n <= len) {
+    const size_t first = begin + block * (kVectors * stride) + threadIdx.x * n;
+    const bool aligned = begin % n == 0 && is_aligned<16>(x) && is_aligned<16>(y) && operand.is_aligned();
+    if (aligned && first + (kVectors - 1) * stride + n <= end) {
         vectors<kVectors>(x, y, first, operand, f);
         return;
     }
 #pragma unroll 1
-    for (size_t at = first; at < len && at < first + kVectors * stride; at += stride) {
-        if (aligned && at + n <= len) {
+    for (size_t at = first; at < end && at < first + kVectors * stride; at += stride) {
+        if (aligned && at + n <= end) {
             vectors<1>(x, y, at, operand, f);
         } else {
 #pragma unroll 1
-            for (size_t i = at; i < len && i < at + n; ++i) {
+            for (size_t i = at; i < end && i < at + n; ++i) {
                 y[i] = from_float<T>(f(to_float(x[i]), operand.at(i)));
             }
         }
     }
+}
+
+// The same for i < len, by a grid of that many blocks.
+template <class T, class Operand, class F>
+__device__ __forceinline__ void transform(const T* x, T* y, size_t len, const Operand& operand, F f) {
+    transform(x, y, 0, len, blockIdx.x, operand, f);
 }
 
 // No second operand.
@@ -286,6 +306,79 @@ FOR_EACH_TYPE(ADD_ROWS)
 #define MUL_ROWS(T, suffix) BROADCAST(mul_rows, T, suffix, u * v)
 FOR_EACH_TYPE(MUL_ROWS)
 
+// y = a·σ(b).
+#define GATE_ROWS(T, suffix) BROADCAST(gate_rows, T, suffix, u * sigmoid(v).value)
+FOR_EACH_TYPE(GATE_ROWS)
+
+// y = factor·dy, dy with one row for each `rows` rows of y. Grid and block as for `transform`; any alignment.
+#define SPREAD_ROWS(T, suffix)                                                                   \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        spread_rows_##suffix(const T* dy, T* y, size_t len, unsigned channels, size_t rows,      \
+                             float factor) {                                                     \
+        transform(y, y, len, Rows<T>{dy, channels, rows},                                        \
+                  [factor](float, float v) { return factor * v; });                              \
+    }
+FOR_EACH_TYPE(SPREAD_ROWS)
+
+// ---- Gates of pixels ----
+
+// σ(z), one logit for each row of `channels`.
+template <class Z>
+struct PixelGates {
+    using Value = float;
+    template <int n>
+    struct Raw {
+        size_t row;
+        unsigned channel;
+        Z z;
+    };
+    const Z* z;
+    unsigned channels;
+    __device__ __forceinline__ bool is_aligned() const { return true; }
+    template <int n>
+    __device__ __forceinline__ Raw<n> load(size_t at) const {
+        const Division place = divide(at, channels);
+        return {place.quotient, place.remainder, z[place.quotient]};
+    }
+    template <int n>
+    __device__ __forceinline__ void values(const Raw<n>& raw, float (&v)[n]) const {
+        float gate = sigmoid(to_float(raw.z)).value;
+        if (channels % n == 0) {
+#pragma unroll
+            for (int i = 0; i < n; ++i) v[i] = gate;
+            return;
+        }
+        size_t row = raw.row;
+        unsigned channel = raw.channel;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            v[i] = gate;
+            // There may be no next row, but then there is no next element either.
+            if (++channel == channels && i + 1 < n) {
+                channel = 0;
+                gate = sigmoid(to_float(z[++row])).value;
+            }
+        }
+    }
+    __device__ __forceinline__ float at(size_t i) const {
+        return sigmoid(to_float(z[divide(i, channels).quotient])).value;
+    }
+};
+
+// y = x·σ(z), z with one element for each row of `channels`. Grid and block as for `transform`; any alignment.
+#define GATE_PIXELS(T, suffix)                                                                   \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        gate_pixels_##suffix(const T* x, const void* z, int z_narrow, T* y, size_t len,          \
+                             unsigned channels) {                                                \
+        auto f = [](float v, float gate) { return v * gate; };                                   \
+        if (z_narrow != 0) {                                                                     \
+            transform(x, y, len, PixelGates<bf16>{static_cast<const bf16*>(z), channels}, f);    \
+        } else {                                                                                 \
+            transform(x, y, len, PixelGates<float>{static_cast<const float*>(z), channels}, f);  \
+        }                                                                                        \
+    }
+FOR_EACH_TYPE(GATE_PIXELS)
+
 // ---- Dropout ----
 
 // The random words of elements: word i % 4 of block i / 4.
@@ -331,6 +424,48 @@ struct Words {
         });                                                                                      \
     }
 FOR_EACH_TYPE(DROPOUT)
+
+// ---- Stochastic depth ----
+
+template <class T, class Operand>
+__device__ __forceinline__ void add_branch(const T* x, T* y, size_t begin, size_t end, unsigned block,
+                                           const Operand& operand, bool kept, float factor) {
+    if (kept) {
+        transform(x, y, begin, end, block, operand, [factor](float v, float r) { return fmaf(factor, v, r); });
+    } else {
+        transform(y, y, begin, end, block, operand, [](float, float r) { return r; });
+    }
+}
+
+// y = residual + factor·x for the images whose random word reaches `threshold`, else residual; without a residual
+// 0 in its place. What is left out is not read. `residual_storage`: 0 for none, 1 for f32, 2 for bf16; the word of
+// image n is word n % 4 of block n / 4, the stream as for dropout. image: elements of an image. Grid: `blocks`
+// blocks of kThreads for each image, as many as `transform` needs for it; any alignment.
+#define STOCHASTIC_DEPTH(T, suffix)                                                              \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        stochastic_depth_##suffix(const T* x, const void* residual, int residual_storage,        \
+                                  const float* control, T* y, size_t image, unsigned blocks,     \
+                                  unsigned long long seed, unsigned layer, unsigned threshold,   \
+                                  float factor) {                                                \
+        const unsigned n = blockIdx.x / blocks, block = blockIdx.x % blocks;                     \
+        const auto step = static_cast<unsigned long long>(control[0]);                           \
+        const Words words{seed, static_cast<unsigned long long>(layer) << 32 | step};            \
+        const bool kept = words.at(n) >= threshold;                                              \
+        const size_t begin = n * image, end = begin + image;                                     \
+        if (residual_storage == 1) {                                                             \
+            const Same<float> operand{static_cast<const float*>(residual)};                      \
+            add_branch(x, y, begin, end, block, operand, kept, factor);                          \
+        } else if (residual_storage == 2) {                                                      \
+            const Same<bf16> operand{static_cast<const bf16*>(residual)};                        \
+            add_branch(x, y, begin, end, block, operand, kept, factor);                          \
+        } else if (kept) {                                                                       \
+            transform(x, y, begin, end, block, None{},                                           \
+                      [factor](float v, None::Value) { return factor * v; });                    \
+        } else {                                                                                 \
+            transform(y, y, begin, end, block, None{}, [](float, None::Value) { return 0.0f; }); \
+        }                                                                                        \
+    }
+FOR_EACH_TYPE(STOCHASTIC_DEPTH)
 
 // ---- Joining rows ----
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::pointwise::{rows_of_piece, sigmoid};
+use super::pointwise::{THREADS, Units, Walk, extent, grid, rows_of_piece, sigmoid};
 use super::rows::{Lanewise, Rows};
 use super::{Cost, Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, Stored, kernel};
 use crate::device::simd::{self, Lanes};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -170,6 +171,90 @@ impl Op for Gate {
         let gradients = at.push_all(GateGradient, &[dy, at.input(0), at.input(1)])?;
         (0..2).try_for_each(|i| at.set(i, gradients[i]))
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (x, z, y) = (at.input(0), at.input(1), at.output(0));
+        let shape = at.input_shape(0);
+        let len = shape.len() as u64;
+        let channels = extent(self.name(), shape.c)?;
+        match shared(shape, at.input_shape(1)) {
+            Some(Shared::Channel) => {
+                let arguments = GateRows {
+                    x: x.into(),
+                    z: z.address(),
+                    z_narrow: z.is_narrow().into(),
+                    y: y.into(),
+                    len,
+                    channels,
+                    rows: shape.pixels() as u64,
+                };
+                at.launch(grid(shape.len(), y), &arguments)
+            }
+            _ => {
+                let arguments = GatePixels {
+                    x: x.into(),
+                    z: z.address(),
+                    z_narrow: z.is_narrow().into(),
+                    y: y.into(),
+                    len,
+                    channels,
+                };
+                at.launch(grid(shape.len(), y), &arguments)
+            }
+        }
+    }
+}
+
+kernel! {
+    struct GateRows = "gate_rows" {
+        x: Stored, z: u64, z_narrow: i32, y: Stored, len: u64, channels: u32, rows: u64
+    }
+}
+
+kernel! {
+    struct GatePixels = "gate_pixels" {
+        x: Stored, z: u64, z_narrow: i32, y: Stored, len: u64, channels: u32
+    }
+}
+
+kernel! {
+    struct GateRowsGradient = "gate_rows_gradient" {
+        dy: Stored,
+        x: u64,
+        x_narrow: i32,
+        z: u64,
+        z_narrow: i32,
+        dx: Stored,
+        sums: Full,
+        len: u64,
+        channels: u32,
+        stride: u32,
+        strips: u32,
+        pieces: u32,
+        steps: u32,
+    }
+}
+
+kernel! {
+    struct GateRowsLogitsGradient = "gate_rows_logits_gradient" {
+        partials: Full, z: Stored, dz: Stored, channels: u32, strips: u32, pieces: u32
+    }
+}
+
+kernel! {
+    struct GatePixelsGradient = "gate_pixels_gradient" {
+        dy: Stored,
+        x: u64,
+        x_narrow: i32,
+        z: u64,
+        z_narrow: i32,
+        dx: Stored,
+        dz: u64,
+        dz_narrow: i32,
+        pixels: u64,
+        units: u32,
+        vector: i32,
+        lanes: i32,
+    }
 }
 
 /// Gradient of [`Gate`]; inputs `dy`, `x`, `z`, outputs `dx`, `dz`.
@@ -284,6 +369,77 @@ impl Op for GateGradient {
             _ => 0,
         }
     }
+    /// Each gradient as what it belongs to, but `dx` as `dy`, which it may overwrite.
+    fn narrow(&self, output: usize, inputs: &[bool]) -> bool {
+        inputs[[0, 2][output]]
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        match shared(inputs[1], inputs[2]) {
+            Some(Shared::Channel) => Walk::scratch(inputs[1].n, inputs[1]),
+            _ => 0,
+        }
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (dy, x, z) = (at.input(0), at.input(1), at.input(2));
+        let (dx, dz, shape) = (at.output(0), at.output(1), at.input_shape(1));
+        if shape.is_empty() {
+            return Ok(());
+        }
+        let extent = |n| extent(self.name(), n);
+        match shared(shape, at.input_shape(2)) {
+            Some(Shared::Channel) => {
+                let walk = Walk::over(shape.n, shape, dy.is_narrow());
+                let arguments = GateRowsGradient {
+                    dy: dy.into(),
+                    x: x.address(),
+                    x_narrow: x.is_narrow().into(),
+                    z: z.address(),
+                    z_narrow: z.is_narrow().into(),
+                    dx: dx.into(),
+                    sums: at.scratch().into(),
+                    len: walk.len as u64,
+                    channels: extent(shape.c)?,
+                    stride: extent(walk.stride)?,
+                    strips: extent(walk.strips)?,
+                    pieces: extent(walk.pieces)?,
+                    steps: extent(walk.steps)?,
+                };
+                at.launch(walk.grid(), &arguments)?;
+                let strips = shape.c.div_ceil(32);
+                let arguments = GateRowsLogitsGradient {
+                    partials: at.scratch().into(),
+                    z: z.into(),
+                    dz: dz.into(),
+                    channels: extent(shape.c)?,
+                    strips: extent(strips)?,
+                    pieces: extent(walk.pieces)?,
+                };
+                at.launch(Grid::new(shape.n * strips, THREADS as u32), &arguments)
+            }
+            _ => {
+                let units = Units::new(shape.c, &[dx, dy, x]);
+                let lanes = units.each.next_power_of_two().min(32);
+                let arguments = GatePixelsGradient {
+                    dy: dy.into(),
+                    x: x.address(),
+                    x_narrow: x.is_narrow().into(),
+                    z: z.address(),
+                    z_narrow: z.is_narrow().into(),
+                    dx: dx.into(),
+                    dz: dz.address(),
+                    dz_narrow: dz.is_narrow().into(),
+                    pixels: shape.rows() as u64,
+                    units: extent(units.each)?,
+                    vector: units.vector.into(),
+                    lanes: at.int(lanes)?,
+                };
+                at.launch(
+                    Grid::cover(shape.rows() * lanes, THREADS as u32),
+                    &arguments,
+                )
+            }
+        }
+    }
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
@@ -291,7 +447,9 @@ pub(super) fn case(s: &mut Sampler) -> Case {
     let z = [Shape::per_image(x.n, x.c), Shape { c: 1, ..x }][s.size(0, 1)];
     Case::new(format!("{x} with {z}"), |t, v| Ok(vec![t.push(Gate, v)?]))
         .with("x", x, s.values(x.len(), -2.0, 2.0))
+        .narrow()
         .with("z", z, s.values(z.len(), -6.0, 6.0))
+        .narrow()
 }
 
 #[cfg(test)]

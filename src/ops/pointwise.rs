@@ -30,7 +30,7 @@ const WIDTH: usize = 64;
 
 /// Threads of a block of `kernels/pointwise.cu` and `reduce.cu`, and bytes of each tensor that a thread moves
 /// at a time.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 const BYTES: usize = 16;
 
 /// Such moves of a thread of `kernels/pointwise.cu`.
@@ -39,6 +39,28 @@ const VECTORS: usize = 2;
 /// Elements that a thread moves at a time.
 pub(super) fn width(narrow: bool) -> usize {
     BYTES / if narrow { 2 } else { 4 }
+}
+
+/// How threads share out the channels of a pixel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Units {
+    /// Units of a pixel.
+    pub each: usize,
+    /// Whether a unit is what a thread moves at a time; else it is one channel.
+    pub vector: bool,
+}
+
+impl Units {
+    /// For `channels` channels stored as those of the first of `pointers`, all of which are read or written.
+    pub fn new(channels: usize, pointers: &[Pointer]) -> Self {
+        let width = width(pointers[0].is_narrow());
+        let aligned = pointers
+            .iter()
+            .all(|pointer| pointer.is_aligned(BYTES as u64));
+        let vector = aligned && channels.is_multiple_of(width);
+        let each = if vector { channels / width } else { channels };
+        Self { each, vector }
+    }
 }
 
 /// Blocks for `moves` moves.
@@ -519,17 +541,22 @@ impl SumTo {
     }
 }
 
-/// Threads and pieces of a sum on a GPU, where the rows of a group are walked in steps that are as many whole
-/// rows as a block has threads for, or one row in several strips.
-struct Walk {
+/// Threads and pieces of column sums on a GPU (`kernels/reduce.cu`), where the rows of a group are walked in
+/// steps that are as many whole rows as a block has threads for, or one row in several strips.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Walk {
+    /// Groups, elements of one, and channels.
+    pub groups: usize,
+    pub len: usize,
+    pub channels: usize,
     /// Elements of a step.
-    stride: usize,
+    pub stride: usize,
     /// Blocks across a step.
-    strips: usize,
+    pub strips: usize,
     /// Blocks along a group.
-    pieces: usize,
+    pub pieces: usize,
     /// Steps of a block.
-    steps: usize,
+    pub steps: usize,
 }
 
 /// Fewest steps of a block, and how many blocks are enough for any GPU: beyond, their steps grow.
@@ -537,33 +564,72 @@ const STEPS: usize = 8;
 const BLOCKS: usize = 1024;
 
 impl Walk {
-    /// Over `groups` groups of `rows` rows of `c` elements, by threads that take `width` at a time.
-    fn new(groups: usize, rows: usize, c: usize, width: usize) -> Self {
-        let whole = c / gcd(c, width);
+    /// Over the rows of `x`, which has elements, in `groups` groups, by threads that take 16 bytes at a time.
+    pub fn over(groups: usize, x: Shape, narrow: bool) -> Self {
+        let (len, channels, width) = (x.len() / groups, x.c, width(narrow));
+        let whole = channels / gcd(channels, width);
         let stride = match THREADS / whole {
-            0 => c,
+            0 => channels,
             times => times * whole * width,
         };
         let strips = stride.div_ceil(THREADS * width);
-        let total = (rows * c).div_ceil(stride);
+        let total = len.div_ceil(stride);
         let steps = (total * groups * strips).div_ceil(BLOCKS).max(STEPS);
         Self {
+            groups,
+            len,
+            channels,
             stride,
             strips,
             pieces: total.div_ceil(steps),
             steps,
         }
     }
+
+    /// Bytes of the pieces' sums, however `x` is stored.
+    pub fn scratch(groups: usize, x: Shape) -> usize {
+        if x.is_empty() {
+            return 0;
+        }
+        let pieces = [false, true].map(|narrow| Self::over(groups, x, narrow).pieces);
+        size_of::<f32>() * groups * x.c * pieces.into_iter().max().unwrap_or(0)
+    }
+
+    /// A thread for each vector of a step of each piece.
+    pub fn grid(&self) -> Grid {
+        Grid::new(self.groups * self.pieces * self.strips, THREADS as u32)
+    }
+
+    /// Launches the sums of the columns of `a`, or of its products with `b` if that is not null, by groups and
+    /// pieces.
+    pub fn launch_sums(
+        &self,
+        at: &mut Launches<'_>,
+        [a, b]: [Pointer; 2],
+        sums: Pointer,
+    ) -> Result<()> {
+        let extent = |n| extent(SumToKernel::KERNEL, n);
+        let arguments = SumToKernel {
+            a: a.into(),
+            b: b.address(),
+            b_storage: match b == Pointer::NULL {
+                true => 0,
+                false => 1 + i32::from(b.is_narrow()),
+            },
+            sums: sums.into(),
+            len: self.len as u64,
+            channels: extent(self.channels)?,
+            stride: extent(self.stride)?,
+            strips: extent(self.strips)?,
+            pieces: extent(self.pieces)?,
+            steps: extent(self.steps)?,
+        };
+        at.launch(self.grid(), &arguments)
+    }
 }
 
 pub(super) fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
-}
-
-impl SumTo {
-    fn walk(&self, x: Shape, narrow: bool) -> Walk {
-        Walk::new(self.shape.n, x.rows() / self.shape.n, x.c, width(narrow))
-    }
 }
 
 kernel! {
@@ -642,11 +708,7 @@ impl Op for SumTo {
         false
     }
     fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
-        if inputs[0].is_empty() {
-            return 0;
-        }
-        let pieces = [false, true].map(|narrow| self.walk(inputs[0], narrow).pieces);
-        size_of::<f32>() * self.shape.len() * pieces.into_iter().max().unwrap_or(0)
+        Walk::scratch(self.shape.n, inputs[0])
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let (a, x, sums) = (at.input(0), at.input_shape(0), at.output(0));
@@ -658,27 +720,13 @@ impl Op for SumTo {
             };
             return at.launch(grid(self.shape.len(), sums), &arguments);
         }
-        let walk = self.walk(x, a.is_narrow());
-        let (b, b_storage) = match at.inputs() {
-            1 => (Pointer::NULL, 0),
-            _ => (at.input(1), 1 + i32::from(at.input(1).is_narrow())),
+        let walk = Walk::over(self.shape.n, x, a.is_narrow());
+        let b = match at.inputs() {
+            1 => Pointer::NULL,
+            _ => at.input(1),
         };
         let partials = if walk.pieces == 1 { sums } else { at.scratch() };
-        let channels = extent(self.name(), x.c)?;
-        let arguments = SumToKernel {
-            a: a.into(),
-            b: b.address(),
-            b_storage,
-            sums: partials.into(),
-            len: (x.len() / self.shape.n) as u64,
-            channels,
-            stride: extent(self.name(), walk.stride)?,
-            strips: extent(self.name(), walk.strips)?,
-            pieces: extent(self.name(), walk.pieces)?,
-            steps: extent(self.name(), walk.steps)?,
-        };
-        let blocks = self.shape.n * walk.pieces * walk.strips;
-        at.launch(Grid::new(blocks, THREADS as u32), &arguments)?;
+        walk.launch_sums(at, [a, b], partials)?;
         if walk.pieces == 1 {
             return Ok(());
         }
@@ -687,7 +735,7 @@ impl Op for SumTo {
         let arguments = SumToFinish {
             partials: partials.into(),
             sums: sums.into(),
-            channels,
+            channels: extent(self.name(), x.c)?,
             stride: extent(self.name(), stride)?,
             strips: extent(self.name(), strips)?,
             pieces: extent(self.name(), walk.pieces)?,

@@ -1,15 +1,18 @@
 //! Pooling: maximum and average over windows, and the average over whole images.
 
+mod device;
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
-use super::pointwise::{Add, Scale};
+use super::pointwise::{Add, Scale, THREADS, Walk, extent, grid};
 use super::rows::{Identity, Lanewise, Rows};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, Stored, kernel};
 use crate::device::simd::{self, Lanes};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -240,6 +243,9 @@ impl Op for MaxPool2d {
         let dx = at.push(MaxPool2dGradient(self.windows()), &[at.input(0), dy])?;
         at.set(0, dx)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        device::max_pool2d(at, self.windows())
+    }
 }
 
 /// Gradient of [`MaxPool2d`]; inputs `x`, `dy`.
@@ -399,6 +405,9 @@ impl Op for MaxPool2dGradient {
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         (2 * self.0.kernel[0] * self.0.kernel[1] * inputs[1].len()) as u64
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        device::max_pool2d_gradient(at, self.0)
+    }
 }
 
 /// Average over windows, padding counted as zeros (PyTorch's `count_include_pad`). Input `x` (N×H×W×C), output
@@ -497,6 +506,9 @@ impl Op for AvgPool2d {
         let dx = at.push(gradient, &[dy])?;
         at.set(0, dx)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        device::avg_pool2d(at, self.windows(), false)
+    }
 }
 
 /// Gradient of [`AvgPool2d`] with respect to an input of extent `x`; input `dy`. Each element of `dx` gathers
@@ -534,6 +546,9 @@ impl Op for AvgPool2dGradient {
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         (self.windows.kernel[0] * self.windows.kernel[1] * inputs[0].len() + self.x.len()) as u64
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        device::avg_pool2d(at, self.windows, true)
     }
 }
 
@@ -589,6 +604,33 @@ impl Op for GlobalAvgPool {
         let dx = at.push(Add, &[sum, each])?;
         at.set_sum(0, dx)
     }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        Walk::scratch(inputs[0].n, inputs[0])
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (x, y, shape) = (at.input(0), at.output(0), at.input_shape(0));
+        if shape.is_empty() {
+            return Ok(());
+        }
+        let walk = Walk::over(shape.n, shape, x.is_narrow());
+        walk.launch_sums(at, [x, Pointer::NULL], at.scratch())?;
+        let strips = shape.c.div_ceil(32);
+        let arguments = MeanOfPieces {
+            partials: at.scratch().into(),
+            y: y.into(),
+            channels: extent(self.name(), shape.c)?,
+            strips: extent(self.name(), strips)?,
+            pieces: extent(self.name(), walk.pieces)?,
+            factor: 1.0 / shape.pixels() as f64,
+        };
+        at.launch(Grid::new(shape.n * strips, THREADS as u32), &arguments)
+    }
+}
+
+kernel! {
+    struct MeanOfPieces = "mean_of_pieces" {
+        partials: Full, y: Stored, channels: u32, strips: u32, pieces: u32, factor: f64
+    }
 }
 
 /// Gradient of [`GlobalAvgPool`] with respect to an input of extent `x`; input `dy`.
@@ -629,6 +671,24 @@ impl Op for GlobalAvgPoolGradient {
     }
     fn scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
         Rows::of_images(self.x).tables_len(1)
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (dy, dx) = (at.input(0), at.output(0));
+        let arguments = SpreadRows {
+            dy: dy.into(),
+            dx: dx.into(),
+            len: self.x.len() as u64,
+            channels: extent(self.name(), self.x.c)?,
+            rows: self.x.pixels() as u64,
+            factor: (1.0 / self.x.pixels() as f64) as f32,
+        };
+        at.launch(grid(self.x.len(), dx), &arguments)
+    }
+}
+
+kernel! {
+    struct SpreadRows = "spread_rows" {
+        dy: Stored, dx: Stored, len: u64, channels: u32, rows: u64, factor: f32
     }
 }
 
@@ -674,6 +734,7 @@ pub(super) fn max_pool2d_case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(op, v)?])
     })
     .with("x", shape, values)
+    .narrow()
 }
 
 pub(super) fn avg_pool2d_case(s: &mut Sampler) -> Case {
@@ -694,6 +755,7 @@ pub(super) fn avg_pool2d_case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(op, v)?])
     })
     .with("x", shape, s.values(shape.len(), -2.0, 2.0))
+    .narrow()
 }
 
 pub(super) fn global_avg_pool_case(s: &mut Sampler) -> Case {
@@ -702,6 +764,7 @@ pub(super) fn global_avg_pool_case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(GlobalAvgPool, v)?])
     })
     .with("x", shape, s.values(shape.len(), -2.0, 2.0))
+    .narrow()
 }
 
 #[cfg(test)]

@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::pointwise::{PIECE, same};
+use super::pointwise::{PIECE, THREADS, grid, same};
 use super::{Kernel, Op, control, dropout};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, Stored, kernel};
 use crate::device::philox::Philox;
 use crate::device::simd::{self, Lanes};
 use crate::error::Result;
@@ -37,6 +38,53 @@ impl StochasticDepth {
         let word = philox.block(n as u64 / 4)[n % 4];
         let kept = word >= dropout::threshold(self.rate);
         kept.then(|| T::of(1.0 / (1.0 - self.rate)))
+    }
+
+    /// Launches `y = residual + f·x`, without a residual where that is null.
+    fn launch_branch(
+        &self,
+        at: &mut Launches<'_>,
+        [x, residual, control, y]: [Pointer; 4],
+    ) -> Result<()> {
+        let shape = at.output_shape(0);
+        let image = shape.pixels() * shape.c;
+        let blocks = grid(image, y).blocks[0];
+        let arguments = StochasticDepthKernel {
+            x: x.into(),
+            residual: residual.address(),
+            residual_storage: match residual == Pointer::NULL {
+                true => 0,
+                false => 1 + i32::from(residual.is_narrow()),
+            },
+            control: control.into(),
+            y: y.into(),
+            image: image as u64,
+            blocks,
+            seed: self.seed,
+            layer: self.layer,
+            threshold: dropout::threshold(self.rate),
+            factor: (1.0 / (1.0 - self.rate)) as f32,
+        };
+        at.launch(
+            Grid::new(shape.n * blocks as usize, THREADS as u32),
+            &arguments,
+        )
+    }
+}
+
+kernel! {
+    struct StochasticDepthKernel = "stochastic_depth" {
+        x: Stored,
+        residual: u64,
+        residual_storage: i32,
+        control: Full,
+        y: Stored,
+        image: u64,
+        blocks: u32,
+        seed: u64,
+        layer: u32,
+        threshold: u32,
+        factor: f32,
     }
 }
 
@@ -123,6 +171,10 @@ impl Op for StochasticDepth {
         }
         Ok(())
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let pointers = [at.input(0), at.input(1), at.input(2), at.output(0)];
+        self.launch_branch(at, pointers)
+    }
 }
 
 /// The gradient of [`StochasticDepth`] for `x`, `f·dy`; inputs `dy` and the control vector.
@@ -160,6 +212,10 @@ impl Op for StochasticDepthGradient {
     fn in_place(&self) -> Option<usize> {
         Some(0)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let pointers = [at.input(0), Pointer::NULL, at.input(1), at.output(0)];
+        self.0.launch_branch(at, pointers)
+    }
 }
 
 pub(super) fn case(s: &mut Sampler) -> Case {
@@ -175,7 +231,9 @@ pub(super) fn case(s: &mut Sampler) -> Case {
         Ok(vec![t.push(op, v)?])
     })
     .with("x", shape, s.values(shape.len(), -2.0, 2.0))
+    .narrow()
     .with("residual", shape, s.values(shape.len(), -2.0, 2.0))
+    .narrow()
     .with_constant("control", Shape::per_channel(control::LEN), settings)
 }
 
