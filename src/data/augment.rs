@@ -232,7 +232,26 @@ impl Change {
         ]
     }
 
-    fn moves(&self) -> bool {
+    /// Draws the displacements of the control points, in pixels, after [`Change::draw`] from the same draws.
+    pub(super) fn draw_control(&self, size: usize, draws: &mut Draws, control: &mut [[f32; 2]]) {
+        let amplitude = self.elastic * size as f32;
+        for point in control {
+            *point = [(); 2].map(|()| draws.between(-amplitude, amplitude));
+        }
+    }
+
+    /// The tone curve at multiples of 1/[`TONES`], for an image of brightness `light`. The last entry is never
+    /// reached but read.
+    pub(super) fn tones(&self, light: Light, tones: &mut [f32; TONES + 2]) {
+        let mean = light.mean().powf(self.gamma);
+        for (i, tone) in tones.iter_mut().enumerate() {
+            let v = i as f32 / TONES as f32;
+            let lifted = mean + self.contrast * (v.powf(self.gamma) - mean);
+            *tone = (lifted + self.brightness).clamp(0.0, 1.0) * (v / BLACK).min(1.0);
+        }
+    }
+
+    pub(super) fn moves(&self) -> bool {
         self.flip
             || self.rotation != 0.0
             || self.scale != 1.0
@@ -240,7 +259,7 @@ impl Change {
             || self.elastic != 0.0
     }
 
-    fn retones(&self) -> bool {
+    pub(super) fn retones(&self) -> bool {
         self.gamma != 1.0 || self.contrast != 1.0 || self.brightness != 0.0
     }
 }
@@ -261,8 +280,32 @@ pub struct Augmenter {
     tone: [f32; TONES + 2],
 }
 
+/// What of an image's brightness the tone curve needs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Light {
+    /// Sum of all pixels.
+    sum: u64,
+    /// Pixels that are not black.
+    lit: u64,
+}
+
+impl Light {
+    pub(super) fn of(image: &[u8]) -> Self {
+        // Integers: the sum is exact, and the same however it is vectorised.
+        Self {
+            sum: image.iter().map(|&v| u64::from(v)).sum(),
+            lit: image.iter().map(|&v| u64::from(v > 0)).sum(),
+        }
+    }
+
+    /// Mean of the pixels that are not black, in [0, 1].
+    fn mean(self) -> f32 {
+        self.sum as f32 / (255 * self.lit.max(1)) as f32
+    }
+}
+
 /// Intervals of the tone curve's table.
-const TONES: usize = 1024;
+pub(super) const TONES: usize = 1024;
 /// Intensities below this fade to black whatever the tone curve, so letterbox padding stays black.
 const BLACK: f32 = 4.0 / 255.0;
 /// First block of the noise field; the change and the control grid come from the blocks before.
@@ -292,7 +335,12 @@ impl Augmenter {
 
     /// The random numbers of sample `index` in `epoch`.
     pub fn key(seed: u64, epoch: u64, index: usize) -> Philox {
-        Philox::new(seed, epoch << 32 | index as u64)
+        Philox::new(seed, Self::stream(epoch, index))
+    }
+
+    /// Their stream under the seed.
+    pub(super) fn stream(epoch: u64, index: usize) -> u64 {
+        epoch << 32 | index as u64
     }
 
     /// Writes the changed `image` (8-bit, black to white) and `mask` (8-bit soft, 0 to 255) as
@@ -322,7 +370,8 @@ impl Augmenter {
             unit(mask, mask_out);
         }
         if change.blur > 0.0 {
-            self.blur.apply(change.blur, image_out, Edge::Repeat);
+            let gaussian = Gaussian::new(change.blur);
+            self.blur.apply(&gaussian, image_out, Edge::Repeat);
         }
         if change.depth_gain != [0.0; 2] || change.speckle > 0.0 || change.retones() {
             self.photometry(&change, key, image, image_out);
@@ -357,7 +406,7 @@ impl Augmenter {
         let elastic = change.elastic > 0.0;
         self.spline.offsets.fill([0.0; 2]);
         if elastic {
-            self.spline.draw(change.elastic * size as f32, draws);
+            change.draw_control(size, draws, &mut self.spline.control);
         }
         let rows = image_out
             .chunks_exact_mut(size)
@@ -403,22 +452,13 @@ impl Augmenter {
 
     fn photometry(&mut self, change: &Change, key: Philox, source: &[u8], image: &mut [f32]) {
         if change.retones() {
-            // Integers: the sum is exact, and the same however it is vectorised.
-            let sum: u64 = source.iter().map(|&v| u64::from(v)).sum();
-            let lit: u64 = source.iter().map(|&v| u64::from(v > 0)).sum();
-            let mean = (sum as f32 / (255 * lit.max(1)) as f32).powf(change.gamma);
-            for (i, tone) in self.tone.iter_mut().enumerate() {
-                let v = i as f32 / TONES as f32;
-                let lifted = mean + change.contrast * (v.powf(change.gamma) - mean);
-                *tone = (lifted + change.brightness).clamp(0.0, 1.0) * (v / BLACK).min(1.0);
-            }
+            change.tones(Light::of(source), &mut self.tone);
         }
         if change.speckle > 0.0 {
             uniform_noise(key, &mut self.noise);
-            let shrunk = self
-                .blur
-                .apply(change.speckle_grain, &mut self.noise, Edge::Wrap);
-            let sigma = change.speckle / shrunk;
+            let grain = Gaussian::new(change.speckle_grain);
+            self.blur.apply(&grain, &mut self.noise, Edge::Wrap);
+            let sigma = change.speckle / grain.shrinkage();
             self.noise.iter_mut().for_each(|n| *n = 1.0 + sigma * *n);
         }
         let [linear, quadratic] = change.depth_gain;
@@ -480,12 +520,31 @@ fn uniform_noise(key: Philox, noise: &mut [f32]) {
     }
 }
 
+/// For each of `size` coordinates, its cell of `cells` and the weights of the four control points about it.
+pub(super) fn basis(cells: usize, size: usize) -> Vec<(usize, [f32; 4])> {
+    (0..size)
+        .map(|i| {
+            let at = (i as f32 + 0.5) / size as f32 * cells as f32;
+            let cell = at as usize;
+            let t = at - cell as f32;
+            let s = 1.0 - t;
+            let weights = [
+                s * s * s,
+                (3.0 * t - 6.0) * t * t + 4.0,
+                (3.0 * s - 6.0) * s * s + 4.0,
+                t * t * t,
+            ];
+            (cell, weights.map(|w| w / 6.0))
+        })
+        .collect()
+}
+
 /// A displacement field: uniform cubic B-splines over a coarse grid of control vectors.
 #[derive(Clone, Debug)]
 struct Spline {
     cells: usize,
     control: Vec<[f32; 2]>,
-    /// For each coordinate, its cell and the weights of the four control points about it.
+    /// As [`basis`] says.
     basis: Vec<(usize, [f32; 4])>,
     /// The control grid collapsed along y at the current row.
     collapsed: Vec<[f32; 2]>,
@@ -495,34 +554,13 @@ struct Spline {
 
 impl Spline {
     fn new(cells: usize, size: usize) -> Self {
-        let basis = (0..size)
-            .map(|i| {
-                let at = (i as f32 + 0.5) / size as f32 * cells as f32;
-                let cell = at as usize;
-                let t = at - cell as f32;
-                let s = 1.0 - t;
-                let weights = [
-                    s * s * s,
-                    (3.0 * t - 6.0) * t * t + 4.0,
-                    (3.0 * s - 6.0) * s * s + 4.0,
-                    t * t * t,
-                ];
-                (cell, weights.map(|w| w / 6.0))
-            })
-            .collect();
         let points = cells + 3;
         Self {
             cells,
             control: vec![[0.0; 2]; points * points],
-            basis,
+            basis: basis(cells, size),
             collapsed: vec![[0.0; 2]; points],
             offsets: vec![[0.0; 2]; size],
-        }
-    }
-
-    fn draw(&mut self, amplitude: f32, draws: &mut Draws) {
-        for point in &mut self.control {
-            *point = [(); 2].map(|()| draws.between(-amplitude, amplitude));
         }
     }
 
@@ -559,7 +597,41 @@ struct Blur {
 }
 
 /// Taps on either side of the largest Gaussian (σ = 3).
-const RADIUS: usize = 8;
+pub(super) const RADIUS: usize = 8;
+
+/// The taps of a Gaussian filter, which add up to 1.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gaussian {
+    /// Taps on either side.
+    pub radius: usize,
+    /// The first 2·radius + 1 of them count.
+    pub taps: [f32; 2 * RADIUS + 1],
+}
+
+impl Gaussian {
+    /// With standard deviation `sigma`, in (0, 3] px.
+    pub(super) fn new(sigma: f32) -> Self {
+        let radius = ((2.7 * sigma).ceil() as usize).min(RADIUS);
+        let mut all = [0.0; 2 * RADIUS + 1];
+        let taps = &mut all[..=2 * radius];
+        for (k, tap) in taps.iter_mut().enumerate() {
+            let d = (k as f32 - radius as f32) / sigma;
+            *tap = (-0.5 * d * d).exp();
+        }
+        let sum: f32 = taps.iter().sum();
+        taps.iter_mut().for_each(|tap| *tap /= sum);
+        Self { radius, taps: all }
+    }
+
+    fn taps(&self) -> &[f32] {
+        &self.taps[..=2 * self.radius]
+    }
+
+    /// The factor by which the filter, applied along both axes, shrinks the standard deviation of white noise.
+    pub(super) fn shrinkage(&self) -> f32 {
+        self.taps().iter().map(|tap| tap * tap).sum()
+    }
+}
 
 impl Blur {
     fn new(size: usize) -> Self {
@@ -570,20 +642,8 @@ impl Blur {
         }
     }
 
-    /// Blurs with standard deviation `sigma`, in (0, 3] px. Returns the factor by which it shrinks the
-    /// standard deviation of white noise.
-    fn apply(&mut self, sigma: f32, image: &mut [f32], edge: Edge) -> f32 {
-        let size = self.size;
-        let radius = ((2.7 * sigma).ceil() as usize).min(RADIUS);
-        let mut taps = [0.0; 2 * RADIUS + 1];
-        let taps = &mut taps[..=2 * radius];
-        for (k, tap) in taps.iter_mut().enumerate() {
-            let d = (k as f32 - radius as f32) / sigma;
-            *tap = (-0.5 * d * d).exp();
-        }
-        let sum: f32 = taps.iter().sum();
-        taps.iter_mut().for_each(|tap| *tap /= sum);
-
+    fn apply(&mut self, gaussian: &Gaussian, image: &mut [f32], edge: Edge) {
+        let (size, radius, taps) = (self.size, gaussian.radius, gaussian.taps());
         let at = |i: usize, k: usize| edge.pixel(i as isize + k as isize - radius as isize, size);
         let line = &mut self.line[..size + 2 * radius];
         for (row, out) in image.chunks(size).zip(self.rows.chunks_mut(size)) {
@@ -604,7 +664,6 @@ impl Blur {
                 accumulate(tap, &self.rows[row..row + size], out);
             }
         }
-        taps.iter().map(|tap| tap * tap).sum()
     }
 }
 

@@ -10,6 +10,7 @@ pub mod augment;
 pub mod breast;
 pub mod busbra;
 pub mod busi;
+pub mod device;
 mod files;
 pub mod folder;
 pub mod image;

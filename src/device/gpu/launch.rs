@@ -60,10 +60,14 @@ impl Pointer {
         narrow: false,
     };
 
-    /// To elements of f32.
-    pub(super) fn full(address: u64) -> Self {
-        let narrow = false;
+    /// To elements of f32, or bf16 if `narrow`.
+    pub(super) fn to(address: u64, narrow: bool) -> Self {
         Self { address, narrow }
+    }
+
+    /// `bytes` further on, the elements stored alike.
+    pub(crate) fn offset(self, bytes: usize) -> Self {
+        Self::to(self.address + bytes as u64, self.narrow)
     }
 
     /// The address as a number, to be put into a table of pointers.

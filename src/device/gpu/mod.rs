@@ -258,6 +258,33 @@ impl Gpu {
         self.0.allocated().load(Ordering::Relaxed)
     }
 
+    /// Queues a kernel behind the work queued so far.
+    ///
+    /// # Errors
+    /// As [`launch::Launches::launch`].
+    ///
+    /// # Safety
+    /// The pointers among the arguments point to as much memory of this device as the kernel touches.
+    pub(crate) unsafe fn queue<A: launch::Arguments>(
+        &self,
+        grid: launch::Grid,
+        arguments: &A,
+    ) -> Result<()> {
+        match launch::prepare(self, 0, grid, arguments)? {
+            // SAFETY: as this function's contract.
+            Some(launch) => unsafe {
+                self.0
+                    .launch(&launch.function, &launch.grid, &launch.arguments)
+            },
+            None => Ok(()),
+        }
+    }
+
+    /// Whether both are the same device, whose kernels can use each other's memory.
+    pub(crate) fn is(&self, other: &Gpu) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Device memory with zeros in it.
     ///
     /// # Errors
@@ -292,7 +319,7 @@ impl Memory {
 
     /// Its beginning, as a kernel's argument.
     pub(crate) fn pointer(&self) -> launch::Pointer {
-        launch::Pointer::full(self.address)
+        launch::Pointer::to(self.address, false)
     }
 
     /// Fills it with zeros, behind the work queued so far.

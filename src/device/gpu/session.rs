@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::launch::{Launch, Launches};
+use super::launch::{Launch, Launches, Pointer};
 use super::{Event, Gpu, Memory};
 use crate::device;
 use crate::error::{Error, Result};
@@ -111,6 +111,25 @@ impl Session {
         } else {
             arena.write(slot.offset * WORD, bytemuck::cast_slice(elements))
         }
+    }
+
+    /// Where an input lies, for kernels that write it between replays.
+    ///
+    /// # Panics
+    /// If the value is computed by the tape.
+    pub(crate) fn input(&self, var: Var) -> Pointer {
+        let value = &self.plan.values()[var.index()];
+        let slot = self.plan.slot(var);
+        assert_ne!(value.kind, Kind::Computed, "{} is computed", value.name);
+        Pointer::to(
+            self.memory.arena.address + (slot.offset * WORD) as u64,
+            slot.narrow,
+        )
+    }
+
+    /// What it runs on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     /// The elements of a persistent or kept value, once the replays queued so far are done.
