@@ -25,7 +25,7 @@ impl Activation {
             Self::Identity => u,
             // Not `max`: a NaN must pass on to where it is noticed.
             Self::Relu => L::select(u.lt(L::zero()), L::zero(), u),
-            Self::Silu => u * sigmoid(u),
+            Self::Silu => u * u.logistic(),
         }
     }
 
@@ -36,7 +36,7 @@ impl Activation {
             Self::Identity => dy,
             Self::Relu => L::select(L::zero().lt(u), dy, L::zero()),
             Self::Silu => {
-                let (one, s) = (L::splat(L::Elem::of(1.0)), sigmoid(u));
+                let (one, s) = (L::splat(L::Elem::of(1.0)), u.logistic());
                 dy * s * u.mul_add(one - s, one)
             }
         }
@@ -95,10 +95,4 @@ impl<T: Real> Epilogue<'_, T> {
             }
         }
     }
-}
-
-#[inline(always)]
-fn sigmoid<L: Lanes>(u: L) -> L {
-    let one = L::splat(L::Elem::of(1.0));
-    one / (one + (-u).exp())
 }

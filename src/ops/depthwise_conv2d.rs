@@ -832,13 +832,14 @@ impl Op for DepthwiseConv2d {
         };
         let (x, w) = (at.input(0), at.input(1));
         let geometry = self.geometry(at.shape(x), at.shape(w))?;
-        if at.wants(0) {
-            let dx = at.push(DepthwiseInputGradient { geometry }, &[dy, w])?;
-            at.set(0, dx)?;
-        }
+        // In this order `x`, which may have been computed again for this step alone, is gone when `dx` is written.
         if at.wants(1) {
             let dw = at.push(DepthwiseWeightGradient { geometry }, &[x, dy])?;
             at.set(1, dw)?;
+        }
+        if at.wants(0) {
+            let dx = at.push(DepthwiseInputGradient { geometry }, &[dy, w])?;
+            at.set(0, dx)?;
         }
         Ok(())
     }

@@ -65,27 +65,43 @@ impl<T: Real> simd::Kernel<T> for Row<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
-        let c = self.c;
-        let w = self.near.len() / c;
+        let (c, pixels) = (self.c, self.near.len() / self.c);
         let [less, more] = [0.25, 0.75].map(|w| L::splat(T::of(w)));
-        for (o, y) in self.y.chunks_exact_mut(2 * c).enumerate() {
-            let (even, odd) = y.split_at_mut(c);
-            let [left, right] = [o.saturating_sub(1), (o + 1).min(w - 1)];
-            for channel in (0..c).step_by(L::N) {
-                let blend = |i: usize| {
-                    let [near, far] = [self.near, self.far]
-                        .map(|x| L::load_first(&x[i * c + channel..(i + 1) * c]));
-                    near * more + far * less
+        for channel in (0..c).step_by(L::N) {
+            let full = channel + L::N <= c;
+            let blend = |pixel: usize| {
+                let [near, far] =
+                    [self.near, self.far].map(|x| load::<L>(x, pixel * c, c, channel, full));
+                near * more + far * less
+            };
+            // Each blend of the two rows serves three columns.
+            let mut centre = blend(0);
+            let mut left = centre;
+            for pixel in 0..pixels {
+                let right = if pixel + 1 < pixels {
+                    blend(pixel + 1)
+                } else {
+                    centre
                 };
-                let centre = blend(o) * more;
-                blend(left)
-                    .mul_add(less, centre)
-                    .store_first(&mut even[channel..]);
-                blend(right)
-                    .mul_add(less, centre)
-                    .store_first(&mut odd[channel..]);
+                let most = centre * more;
+                let y = &mut self.y[2 * pixel * c..2 * (pixel + 1) * c];
+                let (even, odd) = y.split_at_mut(c);
+                let [even, odd] = [&mut even[channel..], &mut odd[channel..]];
+                left.mul_add(less, most).store_first(even);
+                right.mul_add(less, most).store_first(odd);
+                (left, centre) = (centre, right);
             }
         }
+    }
+}
+
+/// The lanes from `channel` on of the pixel of `c` channels that begins at `start`; `full` if it has them all.
+#[inline(always)]
+fn load<L: Lanes>(x: &[L::Elem], start: usize, c: usize, channel: usize, full: bool) -> L {
+    if full {
+        L::load(&x[start + channel..])
+    } else {
+        L::load_first(&x[start + channel..start + c])
     }
 }
 
@@ -179,21 +195,31 @@ impl<T: Real> simd::Kernel<T> for GradientRow<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
-        let c = self.c;
-        let w = self.dx.len() / c;
-        for (i, dx) in self.dx.chunks_exact_mut(c).enumerate() {
-            let columns = taps(i, w);
-            for (v, dx) in dx.chunks_mut(L::N).enumerate() {
-                let mut sum = L::zero();
-                for (o, weight) in columns {
-                    let mut column = L::zero();
-                    for (dy, weight) in self.rows {
-                        let dy = L::load_first(&dy[o * c + v * L::N..(o + 1) * c]);
-                        column = dy.mul_add(L::splat(weight), column);
-                    }
-                    sum = column.mul_add(L::splat(T::of(weight)), sum);
-                }
-                sum.store_first(dx);
+        let (c, pixels) = (self.c, self.dx.len() / self.c);
+        let [one, less, more] = [1.0, 0.25, 0.75].map(|w| L::splat(T::of(w)));
+        for channel in (0..c).step_by(L::N) {
+            let full = channel + L::N <= c;
+            let column = |o: usize| {
+                self.rows.iter().fold(L::zero(), |sum, &(dy, weight)| {
+                    load::<L>(dy, o * c, c, channel, full).mul_add(L::splat(weight), sum)
+                })
+            };
+            // As the taps along a column: of the four columns, two serve the next pixel too.
+            let (mut before, mut first) = (L::zero(), column(0));
+            for pixel in 0..pixels {
+                let last = pixel + 1 == pixels;
+                let second = column(2 * pixel + 1);
+                let after = if last {
+                    L::zero()
+                } else {
+                    column(2 * pixel + 2)
+                };
+                let outer = (before + after) * less;
+                let sum = first.mul_add(if pixel == 0 { one } else { more }, outer);
+                second
+                    .mul_add(if last { one } else { more }, sum)
+                    .store_first(&mut self.dx[pixel * c..][channel..c]);
+                (before, first) = (second, after);
             }
         }
     }

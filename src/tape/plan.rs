@@ -173,9 +173,9 @@ impl Plan {
 }
 
 /// Results that can be had again cheaply ([`Op::rerun`]) are computed again right before the gradient
-/// steps that read them, so that they need not live from the forward to the backward pass. Each
-/// forward step's backward gets its own rerun: sharing one between distant steps would keep it
-/// alive in between, which is what recomputing is there to avoid.
+/// steps that read them, so that they need not live from the forward to the backward pass. The backwards of
+/// neighbouring forward steps share a rerun, others get their own: sharing one between distant steps would keep
+/// it alive in between, which is what recomputing is there to avoid.
 fn recompute(steps: &[Step], values: &mut Vec<Value>) -> Vec<Step> {
     let cheap = steps
         .iter()
@@ -188,6 +188,7 @@ fn recompute(steps: &[Step], values: &mut Vec<Value>) -> Vec<Step> {
     let mut reruns = Reruns {
         cheap,
         done: HashMap::new(),
+        before: HashMap::new(),
         values,
         steps: Vec::new(),
     };
@@ -197,7 +198,7 @@ fn recompute(steps: &[Step], values: &mut Vec<Value>) -> Vec<Step> {
         if step.origin.is_some() {
             if step.origin != current {
                 current = step.origin;
-                reruns.done.clear();
+                reruns.before = std::mem::take(&mut reruns.done);
             }
             step.inputs
                 .iter_mut()
@@ -212,6 +213,8 @@ struct Reruns<'a> {
     cheap: HashMap<Var, (Arc<dyn Op>, Vec<Var>)>,
     /// What has been computed again for the current forward step's backward.
     done: HashMap<Var, Var>,
+    /// The same for the backward recorded before that one.
+    before: HashMap<Var, Var>,
     values: &'a mut Vec<Value>,
     steps: Vec<Step>,
 }
@@ -220,6 +223,10 @@ impl Reruns<'_> {
     /// The value to read in place of `var`, whose rerun is appended if there is none yet.
     fn get(&mut self, var: Var, origin: Option<usize>) -> Var {
         if let Some(&again) = self.done.get(&var) {
+            return again;
+        }
+        if let Some(&again) = self.before.get(&var) {
+            self.done.insert(var, again);
             return again;
         }
         let Some((op, inputs)) = self.cheap.get(&var).cloned() else {

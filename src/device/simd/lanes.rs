@@ -50,6 +50,8 @@ dispatch!(f64, F64x4, F64x8, F64x2);
 struct Exp<const TERMS: usize> {
     /// Beyond these the result is 0 or ∞; within them 2ⁿ splits into two representable factors.
     range: [f64; 2],
+    /// Within these 2ⁿ is a normal number, and so is its reciprocal.
+    normal: [f64; 2],
     /// 1.5·2^mantissa: adding it rounds to an integer and leaves that integer in the low bits.
     magic: f64,
     bias: f64,
@@ -61,6 +63,7 @@ struct Exp<const TERMS: usize> {
 /// Coefficients of S. Moshier's Cephes `expf`.
 const EXP_F32: Exp<6> = Exp {
     range: [-104.0, 89.0],
+    normal: [-87.0, 87.0],
     magic: 12_582_912.0,
     bias: 127.0,
     ln2: [0.693_359_375, -2.121_944_4e-4],
@@ -77,6 +80,7 @@ const EXP_F32: Exp<6> = Exp {
 /// Taylor coefficients to r¹³, whose remainder (0.35¹⁴/14!) is below half a unit in the last place.
 const EXP_F64: Exp<12> = Exp {
     range: [-746.0, 710.0],
+    normal: [-708.0, 708.0],
     magic: 6_755_399_441_055_744.0,
     bias: 1023.0,
     ln2: [6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10],
@@ -96,26 +100,44 @@ const EXP_F64: Exp<12> = Exp {
     ],
 };
 
-/// eˣ = 2ⁿ·eʳ with n = round(x/ln 2). 2ⁿ is applied in two factors so that subnormal results come out right.
+/// n + `magic` and eʳ, where x = n·ln 2 + r with n = round(x/ln 2), for `x` held within `range`.
 #[inline(always)]
-fn exp<L: Lanes, const TERMS: usize>(x: L, data: &Exp<TERMS>) -> L {
+fn split<L: Lanes, const TERMS: usize>(x: L, range: [f64; 2], data: &Exp<TERMS>) -> (L, L) {
     let constant = |c: f64| L::splat(L::Elem::of(c));
-    let [low, high] = data.range.map(constant);
+    let [low, high] = range.map(constant);
     let magic = constant(data.magic);
     // Comparisons with NaN are false, so NaN passes through both selections.
     let x = L::select(x.lt(low), low, x);
     let x = L::select(high.lt(x), high, x);
-    let n = x.mul_add(constant(std::f64::consts::LOG2_E), magic) - magic;
+    let shifted = x.mul_add(constant(std::f64::consts::LOG2_E), magic);
+    let n = shifted - magic;
     let r = (-n).mul_add(constant(data.ln2[0]), x);
     let r = (-n).mul_add(constant(data.ln2[1]), r);
     let mut p = constant(data.polynomial[0]);
     for &c in &data.polynomial[1..] {
         p = p.mul_add(r, constant(c));
     }
-    let e = p.mul_add(r * r, r) + constant(1.0);
+    (shifted, p.mul_add(r * r, r) + constant(1.0))
+}
+
+/// eˣ = 2ⁿ·eʳ. 2ⁿ is applied in two factors so that subnormal results come out right.
+#[inline(always)]
+fn exp<L: Lanes, const TERMS: usize>(x: L, data: &Exp<TERMS>) -> L {
+    let constant = |c: f64| L::splat(L::Elem::of(c));
+    let magic = constant(data.magic);
+    let (shifted, e) = split(x, data.range, data);
+    let n = shifted - magic;
     let half = n.mul_add(constant(0.5), magic) - magic;
     let two_to = |n: L| (n + constant(data.bias) + magic).shift_into_exponent();
     e * two_to(half) * two_to(n - half)
+}
+
+/// 1/(1 + e⁻ˣ). Where one factor 2ⁿ does not do, the result is as good as 0 or 1.
+#[inline(always)]
+fn logistic<L: Lanes, const TERMS: usize>(x: L, data: &Exp<TERMS>) -> L {
+    let (shifted, e) = split(-x, data.normal, data);
+    let factor = (shifted + L::splat(L::Elem::of(data.bias))).shift_into_exponent();
+    e.mul_add(factor, L::splat(L::Elem::of(1.0))).recip()
 }
 
 /// Four lanes in an array, for machines without any of the above: the compiler vectorises them as it can.
@@ -210,8 +232,16 @@ macro_rules! portable {
                 )
             }
             #[inline(always)]
+            fn recip(self) -> Self {
+                Self(self.0.map(<$elem>::recip))
+            }
+            #[inline(always)]
             fn exp(self) -> Self {
                 exp(self, &$exp)
+            }
+            #[inline(always)]
+            fn logistic(self) -> Self {
+                logistic(self, &$exp)
             }
         }
     };
@@ -227,7 +257,7 @@ macro_rules! native {
      store $store:ident, sqrt $sqrt:ident, min $min:ident, max $max:ident,
      mul_add |$fa:ident, $fb:ident, $fc:ident| $fma:expr, neg |$ng:ident| $neg:expr, abs |$ab:ident| $abs:expr,
      lt |$la:ident, $lb:ident| $lt:expr, select |$sm:ident, $sy:ident, $sn:ident| $select:expr,
-     shift |$sh:ident| $shift:expr) => {
+     shift |$sh:ident| $shift:expr, recip |$rc:ident| $recip:expr) => {
         #[derive(Clone, Copy)]
         pub(super) struct $name($reg);
 
@@ -299,8 +329,17 @@ macro_rules! native {
                 Self(unsafe { $shift })
             }
             #[inline(always)]
+            fn recip(self) -> Self {
+                let $rc = self.0;
+                Self(unsafe { $recip })
+            }
+            #[inline(always)]
             fn exp(self) -> Self {
                 exp(self, &$exp)
+            }
+            #[inline(always)]
+            fn logistic(self) -> Self {
+                logistic(self, &$exp)
             }
         }
     };
@@ -330,7 +369,8 @@ mod x86 {
         abs |a| _mm256_andnot_ps(_mm256_set1_ps(-0.0), a),
         lt |a, b| _mm256_cmp_ps::<_CMP_LT_OQ>(a, b),
         select |m, y, n| _mm256_blendv_ps(n, y, m),
-        shift |a| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a))));
+        shift |a| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(a))),
+        recip |a| _mm256_div_ps(_mm256_set1_ps(1.0), a));
 
     native!(F64x4: [f64; 4] in __m256d, 16 registers, mask __m256d, EXP_F64;
         add _mm256_add_pd, sub _mm256_sub_pd, mul _mm256_mul_pd, div _mm256_div_pd, splat _mm256_set1_pd,
@@ -340,7 +380,8 @@ mod x86 {
         abs |a| _mm256_andnot_pd(_mm256_set1_pd(-0.0), a),
         lt |a, b| _mm256_cmp_pd::<_CMP_LT_OQ>(a, b),
         select |m, y, n| _mm256_blendv_pd(n, y, m),
-        shift |a| _mm256_castsi256_pd(_mm256_slli_epi64::<52>(_mm256_castpd_si256(a))));
+        shift |a| _mm256_castsi256_pd(_mm256_slli_epi64::<52>(_mm256_castpd_si256(a))),
+        recip |a| _mm256_div_pd(_mm256_set1_pd(1.0), a));
 
     native!(F32x16: [f32; 16] in __m512, 32 registers, mask __mmask16, EXP_F32;
         add _mm512_add_ps, sub _mm512_sub_ps, mul _mm512_mul_ps, div _mm512_div_ps, splat _mm512_set1_ps,
@@ -350,7 +391,8 @@ mod x86 {
         abs |a| _mm512_abs_ps(a),
         lt |a, b| _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b),
         select |m, y, n| _mm512_mask_blend_ps(m, n, y),
-        shift |a| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(a))));
+        shift |a| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(a))),
+        recip |a| reciprocal(a));
 
     native!(F64x8: [f64; 8] in __m512d, 32 registers, mask __mmask8, EXP_F64;
         add _mm512_add_pd, sub _mm512_sub_pd, mul _mm512_mul_pd, div _mm512_div_pd, splat _mm512_set1_pd,
@@ -360,7 +402,22 @@ mod x86 {
         abs |a| _mm512_abs_pd(a),
         lt |a, b| _mm512_cmp_pd_mask::<_CMP_LT_OQ>(a, b),
         select |m, y, n| _mm512_mask_blend_pd(m, n, y),
-        shift |a| _mm512_castsi512_pd(_mm512_slli_epi64::<52>(_mm512_castpd_si512(a))));
+        shift |a| _mm512_castsi512_pd(_mm512_slli_epi64::<52>(_mm512_castpd_si512(a))),
+        recip |a| _mm512_div_pd(_mm512_set1_pd(1.0), a));
+
+    /// 1/a: an estimate to 14 bits and a step of Newton's method, a third of a division's time.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512.
+    #[inline(always)]
+    unsafe fn reciprocal(a: __m512) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let estimate = _mm512_rcp14_ps(a);
+            let error = _mm512_fnmadd_ps(a, estimate, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(estimate, error, estimate)
+        }
+    }
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -377,7 +434,8 @@ mod neon {
         abs |a| vabsq_f32(a),
         lt |a, b| vcltq_f32(a, b),
         select |m, y, n| vbslq_f32(m, y, n),
-        shift |a| vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(a))));
+        shift |a| vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(a))),
+        recip |a| vdivq_f32(vdupq_n_f32(1.0), a));
 
     native!(F64x2: [f64; 2] in float64x2_t, 32 registers, mask uint64x2_t, EXP_F64;
         add vaddq_f64, sub vsubq_f64, mul vmulq_f64, div vdivq_f64, splat vdupq_n_f64,
@@ -387,5 +445,6 @@ mod neon {
         abs |a| vabsq_f64(a),
         lt |a, b| vcltq_f64(a, b),
         select |m, y, n| vbslq_f64(m, y, n),
-        shift |a| vreinterpretq_f64_u64(vshlq_n_u64::<52>(vreinterpretq_u64_f64(a))));
+        shift |a| vreinterpretq_f64_u64(vshlq_n_u64::<52>(vreinterpretq_u64_f64(a))),
+        recip |a| vdivq_f64(vdupq_n_f64(1.0), a));
 }

@@ -108,6 +108,13 @@ pub trait Lanes:
     /// (subnormal results included), NaN for NaN.
     fn exp(self) -> Self;
 
+    /// 1/x: within 1 unit in the last place where both are normal numbers; NaN for NaN, 0 may come out NaN.
+    fn recip(self) -> Self;
+
+    /// The logistic function 1/(1 + e⁻ˣ): within 4 units in the last place for `f32`, 1e-15 relative for `f64`;
+    /// never less than the least normal number, nearly; NaN for NaN.
+    fn logistic(self) -> Self;
+
     /// All lanes zero.
     #[inline(always)]
     fn zero() -> Self {

@@ -150,6 +150,56 @@ impl<T: Real> Kernel<T> for ExpOf<'_, T> {
     }
 }
 
+/// The logistic function and reciprocals of a slice.
+struct LogisticOf<'a, T>(&'a [T]);
+
+impl<T: Real> Kernel<T> for LogisticOf<'_, T> {
+    type Out = [Vec<T>; 2];
+    #[inline(always)]
+    fn run<L: Lanes<Elem = T>>(self) -> [Vec<T>; 2] {
+        let mut out = [0, 1].map(|_| vec![T::zero(); self.0.len()]);
+        for (i, x) in self.0.chunks(L::N).enumerate() {
+            let at = i * L::N..i * L::N + x.len();
+            let x = L::load_first(x);
+            x.logistic().store_first(&mut out[0][at.clone()]);
+            x.recip().store_first(&mut out[1][at]);
+        }
+        out
+    }
+}
+
+#[test]
+fn logistic_and_reciprocal_are_accurate_and_nan_passes() {
+    for level in Level::available() {
+        let x: Vec<f32> = (0..200_001).map(|i| -87.0 + i as f32 * 8.7e-4).collect();
+        let [logistic, reciprocal] = dispatch_at(level, LogisticOf(&x));
+        for (&x, (y, z)) in x.iter().zip(logistic.into_iter().zip(reciprocal)) {
+            for (name, got, want, most) in [
+                ("logistic", y, 1.0 / (1.0 + f64::from(-x).exp()), 4.0),
+                ("reciprocal", z, 1.0 / f64::from(x), 1.0),
+            ] {
+                let error = (f64::from(got) / want - 1.0).abs() / f64::from(f32::EPSILON);
+                assert!(
+                    x == 0.0 || error <= most,
+                    "{level:?}: {name} of {x}: {error} ulp"
+                );
+            }
+        }
+        let x: Vec<f64> = (0..200_001).map(|i| -707.0 + i as f64 * 7.07e-3).collect();
+        for (x, y) in x.iter().zip(&dispatch_at(level, LogisticOf(&x))[0]) {
+            let error = (y * (1.0 + (-x).exp()) - 1.0).abs();
+            assert!(error <= 1e-15, "{level:?}: logistic of {x}: {error}");
+        }
+        let edge = [f32::NEG_INFINITY, -1e30, 1e30, f32::INFINITY, f32::NAN];
+        let [y, _] = dispatch_at(level, LogisticOf(&edge));
+        assert!(y[0] < 2e-38 && y[1] < 2e-38, "{level:?}: {y:?}");
+        assert_eq!(y[2..4], [1.0, 1.0], "{level:?}");
+        assert!(y[4].is_nan());
+        let y = dispatch_at(level, LogisticOf(&[f64::NEG_INFINITY, 1e30, f64::NAN]));
+        assert!(y[0][0] < 1e-307 && y[0][1] == 1.0 && y[0][2].is_nan());
+    }
+}
+
 #[test]
 fn exp_is_accurate_over_the_whole_range() {
     for level in Level::available() {

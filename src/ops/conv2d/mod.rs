@@ -132,13 +132,14 @@ impl Op for Conv2d {
         };
         let (x, w) = (at.input(0), at.input(1));
         let geometry = self.geometry(at.shape(x), at.shape(w))?;
-        if at.wants(0) {
-            let dx = at.push(Conv2dInputGradient { geometry }, &[w, dy])?;
-            at.set(0, dx)?;
-        }
+        // In this order `x`, which may have been computed again for this step alone, is gone when `dx` is written.
         if at.wants(1) {
             let dw = at.push(Conv2dWeightGradient { geometry }, &[x, dy])?;
             at.set(1, dw)?;
+        }
+        if at.wants(0) {
+            let dx = at.push(Conv2dInputGradient { geometry }, &[w, dy])?;
+            at.set(0, dx)?;
         }
         Ok(())
     }
