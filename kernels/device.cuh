@@ -196,27 +196,6 @@ __device__ __forceinline__ Division divide(size_t i, unsigned extent) {
     return {i / extent, static_cast<unsigned>(i % extent)};
 }
 
-// Channels channel.. of one pixel of an N×rows×columns×C map.
-struct Place {
-    size_t image;
-    int row, column;
-    unsigned channel;
-};
-// Where unit i lies if the pixels' channels are cut into `units` units of n.
-template <int n>
-__device__ __forceinline__ Place place_of(size_t i, unsigned units, int rows, int columns) {
-    const Division unit = divide(i, units);
-    const Division column = divide(unit.quotient, static_cast<unsigned>(columns));
-    const Division row = divide(column.quotient, static_cast<unsigned>(rows));
-    return {row.quotient, static_cast<int>(row.remainder), static_cast<int>(column.remainder),
-            unit.remainder * n};
-}
-// The offset of a pixel's first element.
-__device__ __forceinline__ size_t pixel_offset(size_t image, int row, int column, int rows, int columns,
-                                               unsigned channels) {
-    return ((image * rows + row) * columns + column) * channels;
-}
-
 // ---- Functions ----
 
 // (σ(x), σ(−x)) to full relative accuracy in both tails; NaN for NaN.

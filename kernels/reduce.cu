@@ -290,7 +290,7 @@ __device__ __forceinline__ void gate_gradient(const T* dy, const X* x, Elements 
 }
 
 #define GATE_GRADIENT(T, suffix)                                                                 \
-    extern "C" __global__ void __launch_bounds__(kThreads, 4)                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads, 3)                                    \
         gate_rows_gradient_##suffix(const T* dy, const void* x, int x_narrow, void* z, int z_narrow, \
                                     T* dx, float* sums, size_t len, unsigned channels,           \
                                     unsigned stride, unsigned strips, unsigned pieces,           \
