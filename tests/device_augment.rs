@@ -4,6 +4,7 @@
 use echograd::data::augment::{AugmentConfig, Augmenter, unit};
 use echograd::data::device;
 use echograd::data::loader::{Pool, Request, Samples, Target};
+use echograd::device::Backend;
 use echograd::device::gpu::{Gpu, Session};
 use echograd::device::philox::Philox;
 use echograd::tape::{Options, Plan, Tape, Var};
@@ -165,6 +166,17 @@ fn batches_are_the_cpus_bit_for_bit() {
             }
         }
     }
+}
+
+/// Training knows its session as one of any device.
+#[test]
+fn sessions_of_gpus_are_found() {
+    let mut tape = Tape::new();
+    tape.input("images", Shape::new(1, 8, 8, 1));
+    let gpu = Gpu::emulator().unwrap();
+    let backend = Backend::Gpu { gpu, narrow: false };
+    assert!(backend.session(&tape).unwrap().on_gpu().is_some());
+    assert!(Backend::Cpu.session(&tape).unwrap().on_gpu().is_none());
 }
 
 #[test]

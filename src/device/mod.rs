@@ -70,6 +70,12 @@ pub trait Session<T: Clone>: Send + Sync {
     /// # Errors
     /// As [`Session::read`].
     fn fetched(&mut self) -> Result<Option<Vec<T>>>;
+
+    /// The session itself if it is one of a GPU, where kernels besides the tape's may write inputs
+    /// ([`crate::data::device`]).
+    fn on_gpu(&mut self) -> Option<&mut gpu::Session> {
+        None
+    }
 }
 
 /// Where tapes are replayed.

@@ -311,6 +311,9 @@ impl device::Session<f32> for Session {
     fn fetched(&mut self) -> Result<Option<Vec<f32>>> {
         self.fetches.pop_front().map(|f| f.wait()).transpose()
     }
+    fn on_gpu(&mut self) -> Option<&mut Session> {
+        Some(self)
+    }
 }
 
 /// A copy on its way to the host.
