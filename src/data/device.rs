@@ -233,7 +233,7 @@ impl Augmenter {
         let changes_words = words_of::<Change>(n);
         let control_words = words_of::<Point>(n * points * points);
         let drawn = self.drawn.pointer();
-        let after = |words: usize| drawn.offset(words * size_of::<u64>());
+        let after = |words: usize| drawn.after(words * size_of::<u64>());
         let arguments = AugmentKernel {
             samples: self.samples.pointer().address(),
             changes: drawn.address(),

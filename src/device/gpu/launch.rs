@@ -65,11 +65,6 @@ impl Pointer {
         Self { address, narrow }
     }
 
-    /// `bytes` further on, the elements stored alike.
-    pub(crate) fn offset(self, bytes: usize) -> Self {
-        Self::to(self.address + bytes as u64, self.narrow)
-    }
-
     /// The address as a number, to be put into a table of pointers.
     pub fn address(self) -> u64 {
         self.address
@@ -77,7 +72,7 @@ impl Pointer {
 
     /// The f32 that lie `bytes` further on, within the same value or scratch.
     pub fn after(self, bytes: usize) -> Self {
-        Self::full(self.address + bytes as u64)
+        Self::to(self.address + bytes as u64, false)
     }
 
     /// Whether the elements are bf16.
