@@ -348,22 +348,13 @@ __device__ __forceinline__ void upsample(Width<n>, const T* x, T* y, size_t coun
     }
 FOR_EACH_TYPE(UPSAMPLE2X)
 
-// The pixels of an axis of 2·size that pixel i contributes to, with their weights; at the border, where a pixel
-// stands for its missing neighbour too, one of them has weight 0.
+// The pixels of an axis of 2·size that pixel i contributes to, with weights ¼, ¾, ¾, ¼; at the border, where a
+// pixel stands for its missing neighbour too, one of them occurs twice.
 struct Taps {
     int at[4];
-    float weight[4];
-    __device__ __forceinline__ Taps(int i, int size) {
-        const bool first = i == 0, last = i + 1 == size;
-        at[0] = first ? 0 : 2 * i - 1;
-        at[1] = 2 * i;
-        at[2] = 2 * i + 1;
-        at[3] = last ? 2 * i + 1 : 2 * i + 2;
-        weight[0] = first ? 0.0f : 0.25f;
-        weight[1] = first ? 1.0f : 0.75f;
-        weight[2] = last ? 1.0f : 0.75f;
-        weight[3] = last ? 0.0f : 0.25f;
-    }
+    __device__ __forceinline__ Taps(int i, int size)
+        : at{i == 0 ? 0 : 2 * i - 1, 2 * i, 2 * i + 1, i + 1 == size ? 2 * i + 1 : 2 * i + 2} {}
+    static __device__ __forceinline__ float weight(int k) { return k == 0 || k == 3 ? 0.25f : 0.75f; }
 };
 
 template <int n, class T>
@@ -383,10 +374,10 @@ __device__ __forceinline__ void upsample_gradient(Width<n>, const T* dy, T* dx, 
         for (int s = 0; s < 4; ++s) {
             const Loaded<T, n> v(row + static_cast<size_t>(columns.at[s]) * channels);
 #pragma unroll
-            for (int k = 0; k < n; ++k) line[k] = fmaf(columns.weight[s], v[k], line[k]);
+            for (int k = 0; k < n; ++k) line[k] = fmaf(Taps::weight(s), v[k], line[k]);
         }
 #pragma unroll
-        for (int k = 0; k < n; ++k) sum[k] = fmaf(rows.weight[r], line[k], sum[k]);
+        for (int k = 0; k < n; ++k) sum[k] = fmaf(Taps::weight(r), line[k], sum[k]);
     }
     store_vector(dx + i * n, sum);
 }

@@ -173,15 +173,15 @@ impl<T: Real> Kernel<T> for Upsample2xGradient {
     }
 }
 
-/// The pixels of an axis of `2·size` that pixel `i` contributes to, with their weights; at the border,
-/// where a pixel stands for its missing neighbour too, one of them has weight 0.
+/// The pixels of an axis of `2·size` that pixel `i` contributes to, with their weights; at the border, where a
+/// pixel stands for its missing neighbour too, one of them occurs twice.
 fn taps(i: usize, size: usize) -> [(usize, f64); 4] {
-    let (o, first, last) = (2 * i, i == 0, i + 1 == size);
+    let (o, last) = (2 * i, 2 * size - 1);
     [
-        if first { (o, 0.0) } else { (o - 1, 0.25) },
-        (o, if first { 1.0 } else { 0.75 }),
-        (o + 1, if last { 1.0 } else { 0.75 }),
-        if last { (o + 1, 0.0) } else { (o + 2, 0.25) },
+        (o.saturating_sub(1), 0.25),
+        (o, 0.75),
+        (o + 1, 0.75),
+        ((o + 2).min(last), 0.25),
     ]
 }
 
