@@ -296,6 +296,58 @@ fn a_stopped_study_goes_on_to_the_same_bytes() {
     assert!(results(&out) == results(whole()), "the results differ");
 }
 
+/// The program itself, killed without a warning in the middle of a run.
+#[test]
+fn a_killed_study_goes_on_to_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("study");
+    let [source, target] = data();
+    let program = || std::process::Command::new(env!("CARGO_BIN_EXE_echograd"));
+    let flags = "--folds 2 --preset tiny --size 32 --batch 8 --epochs 2 --set model.widths=[4,6] \
+                 --set loss.ramp_start=0 --set loss.ramp_epochs=1";
+    let mut child = program()
+        .args(["study", "--source", source, "--target", target, "--out"])
+        .arg(&out)
+        .args(flags.split_whitespace())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = out.join("runs/multitask/fold-0_seed-0/metrics.csv");
+    while !begun.exists() {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it was killed"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!out.join("statistics.json").exists());
+    let call = |more: &[&str]| {
+        let command = ["study", "--resume", "--out"];
+        program()
+            .args(command)
+            .arg(&out)
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let part = call(&["--folds", "3"]);
+    assert_eq!(part.status.code(), Some(1));
+    let text = String::from_utf8(part.stderr).unwrap();
+    assert!(
+        text.starts_with("error: --resume: expected the command that the study began with"),
+        "{text}"
+    );
+    let done = call(&[]);
+    let text = String::from_utf8(done.stdout).unwrap();
+    assert!(
+        done.status.success() && text.contains("busi-B (target)"),
+        "{text}"
+    );
+    assert!(results(&out) == results(whole()), "the results differ");
+}
+
 #[test]
 fn targets_that_hold_images_of_the_source_are_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -15,7 +15,7 @@ use plot::{Axis, Plot, escape};
 /// Readable on a phone, on paper, in the light and in the dark.
 const STYLE: &str = "
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
 p, li { max-width: 44rem; }
@@ -35,7 +35,7 @@ figcaption { color: var(--soft); font-size: .9rem; max-width: 44rem; }
 .gallery img { width: 100%; height: auto; display: block; border-radius: 4px; background: #000; }
 code { font-size: .9em; }
 @media (max-width: 30rem) { body { padding: 1rem; } th, td { padding-right: .6rem; font-size: .9rem; } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } .plots { grid-template-columns: repeat(2, 1fr); } .gallery { grid-template-columns: repeat(3, 1fr); } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } h2, .caption { break-after: avoid; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } th, td { padding-right: .5rem; } .plots { grid-template-columns: repeat(2, 1fr); } .gallery { grid-template-columns: repeat(3, 1fr); } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } h2, .caption { break-after: avoid; } }
 ";
 
 /// A page in the making; [`Page::finish`] gives the HTML.
@@ -64,7 +64,7 @@ impl Page {
         self.push(&format!("<p>{}</p>", escape(text)))
     }
 
-    /// A table; the first column is left-aligned, the others hold numbers.
+    /// A table, if it has rows; the first column is left-aligned, the others hold numbers.
     pub fn table(&mut self, caption: &str, head: &[&str], rows: &[Vec<String>]) -> &mut Self {
         let row = |cells: Vec<String>, tag: &str| {
             let cells: String = cells
@@ -78,6 +78,9 @@ impl Page {
             .iter()
             .map(|r| row(r.iter().map(|c| escape(c)).collect(), "td"))
             .collect();
+        if rows.is_empty() {
+            return self;
+        }
         self.push(&format!(
             "<p class=\"caption\">{}</p><div class=\"scroll\"><table><thead>{head}</thead><tbody>{}</tbody></table></div>",
             escape(caption),

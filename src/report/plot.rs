@@ -7,8 +7,7 @@ use std::fmt::Write as _;
 const WIDTH: f64 = 420.0;
 /// Height of a plot without its legend.
 const HEIGHT: f64 = 290.0;
-const LEFT: f64 = 50.0;
-const RIGHT: f64 = 12.0;
+const RIGHT: f64 = 18.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 44.0;
 /// Height of a line of the legend.
@@ -165,7 +164,8 @@ impl Axis {
         let ends = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| {
             (a.min(v), b.max(v))
         });
-        let room = ((ends.1 - ends.0) * 0.04).max(1e-3);
+        let size = ends.0.abs().max(ends.1.abs());
+        let room = ((ends.1 - ends.0) * 0.04).max(size * 1e-3).max(1e-9);
         (ends.0 <= ends.1).then(|| Self::new(label, ends.0 - room, ends.1 + room))
     }
 
@@ -196,6 +196,8 @@ impl Axis {
 pub struct Plot {
     x: Axis,
     y: Axis,
+    /// Room for the marks and the label of the vertical axis.
+    left: f64,
     body: String,
     legend: Vec<(usize, String)>,
 }
@@ -203,7 +205,10 @@ pub struct Plot {
 impl Plot {
     /// An empty plot.
     pub fn new(x: Axis, y: Axis) -> Self {
+        let longest = y.ticks.iter().map(|(_, text)| text.chars().count()).max();
+        let label = if y.label.is_empty() { 6.0 } else { 22.0 };
         Self {
+            left: label + 6.0 + longest.unwrap_or(0) as f64 * LETTER,
             x,
             y,
             body: String::new(),
@@ -212,9 +217,9 @@ impl Plot {
     }
 
     fn at(&self, (x, y): (f64, f64)) -> (f64, f64) {
-        let (width, height) = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM);
+        let (width, height) = (WIDTH - self.left - RIGHT, HEIGHT - TOP - BOTTOM);
         (
-            LEFT + self.x.share(x) * width,
+            self.left + self.x.share(x) * width,
             TOP + (1.0 - self.y.share(y)) * height,
         )
     }
@@ -324,7 +329,7 @@ impl Plot {
                 );
             }
         }
-        let (x0, y0) = (LEFT, HEIGHT - BOTTOM);
+        let (x0, y0) = (self.left, HEIGHT - BOTTOM);
         let _ = write!(svg, "<g transform=\"translate(0 {head})\">");
         for (value, text) in &self.y.ticks {
             let (_, y) = self.at((self.x.low, *value));
@@ -338,7 +343,7 @@ impl Plot {
             );
         }
         // Names that would run into each other stand slanted.
-        let space = (WIDTH - LEFT - RIGHT) / self.x.ticks.len().max(1) as f64;
+        let space = (WIDTH - self.left - RIGHT) / self.x.ticks.len().max(1) as f64;
         let longest = self
             .x
             .ticks
@@ -358,7 +363,7 @@ impl Plot {
                 "<path class=\"axis\" d=\"M{x:.1} {y0}v4\"/><text class=\"tick\" x=\"{x:.1}\" y=\"{y}\" {placed}>{text}</text>"
             );
         }
-        let (middle, high) = ((LEFT + WIDTH - RIGHT) / 2.0, (TOP + y0) / 2.0);
+        let (middle, high) = ((self.left + WIDTH - RIGHT) / 2.0, (TOP + y0) / 2.0);
         let _ = write!(
             svg,
             "<path class=\"axis\" d=\"M{x0} {TOP}V{y0}H{}\"/>{}\
@@ -381,7 +386,7 @@ impl Plot {
             let width = 26.0 + name.chars().count() as f64 * LETTER;
             if x + width > WIDTH {
                 rows.push(Vec::new());
-                x = LEFT;
+                x = self.left;
             }
             if let Some(row) = rows.last_mut() {
                 row.push((x, *colour, name));

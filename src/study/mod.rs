@@ -549,11 +549,16 @@ fn write_rows(out: &Path, measured: &[Measured]) -> Result<()> {
     write_csv(&out.join(NORMALS), &normals)
 }
 
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+/// A value as `path` is to hold it.
+fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
     let mut json = serde_json::to_vec_pretty(value)
         .map_err(|e| Error::caused(path, "cannot be written as JSON", e))?;
     json.push(b'\n');
-    write_atomically(path, &json)
+    Ok(json)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    write_atomically(path, &json(path, value)?)
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::protocol::{Method, Run};
 use super::statistics::{
-    ArmStatistics, Comparison, DataSetStatistics, Effect, Measured, Statistics, averaged,
+    ArmStatistics, Comparison, DataSetStatistics, Effect, Measured, Spread, Statistics, averaged,
 };
 use super::{Histories, Manifest, Opened, PAGE};
 use crate::data::image::{png_rgb_bytes, write_atomically};
@@ -209,30 +209,41 @@ impl Material<'_> {
     fn tables(&self, page: &mut Page) {
         page.section("What came out");
         for set in &self.statistics.datasets {
-            let rows: Vec<Vec<String>> = self
+            let arms: Vec<(&Method, &ArmStatistics)> = self
                 .methods()
                 .filter_map(|(_, method)| Some((method, self.arm(set, method)?)))
-                .map(|(method, arm)| outcome(method, arm))
                 .collect();
             let caption = match set.role {
                 "source" => format!("{}, held out: {} images", set.dataset, set.n),
                 _ => format!("{}, never seen: {} images", set.dataset, set.n),
             };
+            let rows =
+                |of: fn(&Method, &ArmStatistics) -> Option<Vec<String>>| -> Vec<Vec<String>> {
+                    arms.iter()
+                        .filter_map(|(method, arm)| of(method, arm))
+                        .collect()
+                };
             let head = [
-                "method",
+                "outlining",
                 "Dice",
                 "median",
                 "Dice of runs",
                 "HD95 px",
                 "ASSD px",
-                "AUC",
-                "sens.",
-                "spec.",
-                "Brier",
-                "ECE",
                 "normals with a lesion",
             ];
-            page.table(&caption, &head, &rows);
+            page.table(&caption, &head, &rows(outlining));
+            let head = [
+                "diagnosing",
+                "AUC",
+                "AUC of runs",
+                "sens.",
+                "spec.",
+                "F1",
+                "Brier",
+                "ECE",
+            ];
+            page.table("", &head, &rows(diagnosing));
         }
         self.paper(page);
         self.comparisons(page);
@@ -883,30 +894,44 @@ impl Material<'_> {
     }
 }
 
-/// The line of a table of results.
-fn outcome(method: &Method, arm: &ArmStatistics) -> Vec<String> {
-    let (s, c) = (&arm.metrics.segmentation, &arm.metrics.classification);
-    let (s, c) = (s.as_ref(), c.as_ref());
-    let auc = c.and_then(|c| c.auc);
+/// The line of a table of masks.
+fn outlining(method: &Method, arm: &ArmStatistics) -> Option<Vec<String>> {
+    let found = arm.metrics.segmentation.as_ref();
     let one = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.1}"));
-    let runs = arm.dice_by_run.as_ref();
-    vec![
+    let normals = arm.normals.as_ref();
+    (found.is_some() || normals.is_some()).then(|| {
+        vec![
+            method.name.clone(),
+            summary(found.map(|s| &s.dice)),
+            figure(found.map(|s| s.dice.median)),
+            spread(arm.dice_by_run.as_ref()),
+            one(found.map(|s| s.hd95_px.mean)),
+            one(found.map(|s| s.assd_px.mean)),
+            figure(normals.map(|n| n.false_positive_rate.mean)),
+        ]
+    })
+}
+
+/// The line of a table of diagnoses.
+fn diagnosing(method: &Method, arm: &ArmStatistics) -> Option<Vec<String>> {
+    let found = arm.metrics.classification.as_ref()?;
+    Some(vec![
         method.name.clone(),
-        summary(s.map(|s| &s.dice)),
-        figure(s.map(|s| s.dice.median)),
-        runs.map_or("–".into(), |runs| match runs.sd {
-            Some(sd) => format!("{:.3} ± {sd:.3}", runs.mean),
-            None => format!("{:.3}", runs.mean),
-        }),
-        one(s.map(|s| s.hd95_px.mean)),
-        one(s.map(|s| s.assd_px.mean)),
-        interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95)),
-        figure(c.and_then(|c| c.sensitivity)),
-        figure(c.and_then(|c| c.specificity)),
-        figure(c.and_then(|c| c.brier)),
-        figure(c.and_then(|c| c.ece)),
-        figure(arm.normals.as_ref().map(|n| n.false_positive_rate.mean)),
-    ]
+        interval(found.auc.map(|a| a.value), found.auc.and_then(|a| a.ci95)),
+        spread(arm.auc_by_run.as_ref()),
+        figure(found.sensitivity),
+        figure(found.specificity),
+        figure(found.f1),
+        figure(found.brier),
+        figure(found.ece),
+    ])
+}
+
+fn spread(runs: Option<&Spread>) -> String {
+    runs.map_or("–".into(), |runs| match runs.sd {
+        Some(sd) => format!("{:.3} ± {sd:.3}", runs.mean),
+        None => format!("{:.3}", runs.mean),
+    })
 }
 
 fn two(value: Option<f64>) -> String {

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use serde::Serialize;
 
 use super::protocol::{Method, Protocol, Run};
-use super::{State, Watch, claim, go_on, is_trained, write_json};
+use super::{State, Watch, claim, go_on, is_trained, json, write_json};
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
 use crate::metrics::classification::Auc;
@@ -204,13 +204,9 @@ fn begin(args: &SearchArgs<'_>) -> Result<()> {
         make_folder(args.out)?;
         return write_json(&path, &plan);
     }
-    let unreadable =
-        |e: std::io::Error| Error::caused(&path, "expected the folder of a search to resume", e);
-    let before = std::fs::read(&path).map_err(unreadable)?;
-    let before: serde_json::Value = serde_json::from_slice(&before)
-        .map_err(|e| Error::caused(&path, "expected a search's plan", e))?;
-    let now = serde_json::to_value(&plan)
-        .map_err(|e| Error::caused(&path, "cannot be written as JSON", e))?;
+    let before = std::fs::read(&path)
+        .map_err(|e| Error::caused(&path, "expected the folder of a search to resume", e))?;
+    let now = json(&path, &plan)?;
     if before != now {
         let problem = format!(
             "expected the command that the search began with, found another; {} has it",
