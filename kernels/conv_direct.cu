@@ -1,13 +1,14 @@
-// Convolution and its gradients as their definitions have them, one thread an element of the result: for
-// shapes that conv.cu does not serve (a channel count that is no multiple of 16 bytes, as of the first and the
-// last layer of a network; a kernel of more than 16 rows; 2^31 elements), and what conv.cu is compared with.
+// Convolution and its gradients as their definitions have them, one thread or a few for each element of the
+// result: for a handful of pixels, where a second launch would cost more than the work (the layers between vectors
+// of a batch), for what conv.cu does not serve (a kernel of more than 11 rows, 2^31 elements, x and dy in different
+// storage), and what conv.cu is compared with.
 //
 //     y[n, i, j, o] = Σ x[n, i·sh + r − ph, j·sw + s − pw, c] · w[o, r, s, c]
 //
 // All tensors NHWC, weights and their gradient f32, channels before columns before rows before images. Sums are
-// f32 and run over (r, s, c), (r, s, o) or the pixels of a piece in this order. Each element's operands come from
-// the caches, so this is bound by loads: two for each product, shared by a warp where one operand has no channels
-// of its own.
+// f32 and run over (r, s, c), (r, s, o) or the pixels of a piece in this order; with several lanes an element, each
+// takes every lanes-th channel, and a tree adds them. Each element's operands come from the caches, so this is
+// bound by loads: two for each product, shared by a warp where one operand has no channels of its own.
 #include "device.cuh"
 
 constexpr int kThreads = 256;
@@ -32,50 +33,95 @@ struct Pixel {
     }
 };
 
-// y, of len elements. Grid: ceil(len / kThreads) blocks of kThreads. Any alignment.
-template <class T>
-__device__ __forceinline__ void convolve(const T* x, const float* weights, T* y, size_t len, GEOMETRY) {
-    const size_t i = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= len) return;
-    const Division channel = divide(i, o);
-    const Pixel pixel(channel.quotient, oh, ow);
-    const int top = pixel.row * sh - ph, left = pixel.column * sw - pw;
-    const float* v = weights + static_cast<size_t>(channel.remainder) * kh * kw * c;
-    float sum = 0.0f;
-    for (int r = 0; r < kh; ++r) {
-        if (top + r < 0 || top + r >= h) continue;
-        for (int s = 0; s < kw; ++s) {
-            if (left + s < 0 || left + s >= w) continue;
-            const T* u = x + at(pixel.image, top + r, left + s, h, w, c);
-            const float* tap = v + static_cast<size_t>(r * kw + s) * c;
-            for (int k = 0; k < c; ++k) sum = fmaf(to_float(u[k]), tap[k], sum);
-        }
+// Which element a thread works on, and as which of the lanes, a power of two, that share it.
+struct Share {
+    size_t element;
+    int lane;
+    __device__ __forceinline__ explicit Share(int lanes) {
+        const size_t i = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
+        element = i / static_cast<unsigned>(lanes);
+        lane = threadIdx.x & (lanes - 1);
     }
-    y[i] = from_float<T>(sum);
+};
+__device__ __forceinline__ float add_lanes(float sum, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullWarp, sum, offset);
+    return sum;
+}
+
+// y = activation(x ∗ w + bias), of len elements; bias may be null. Grid: ceil(len · lanes / kThreads) blocks of
+// kThreads. Any alignment.
+template <class T>
+__device__ __forceinline__ void convolve(const T* x, const float* weights, const float* bias, T* y, size_t len,
+                                         int lanes, int activation, GEOMETRY) {
+    const Share share(lanes);
+    const size_t i = share.element;
+    float sum = 0.0f;
+    if (i < len) {
+        const Division channel = divide(i, o);
+        const Pixel pixel(channel.quotient, oh, ow);
+        const int top = pixel.row * sh - ph, left = pixel.column * sw - pw;
+        const float* v = weights + static_cast<size_t>(channel.remainder) * kh * kw * c;
+        for (int r = 0; r < kh; ++r) {
+            if (top + r < 0 || top + r >= h) continue;
+            for (int s = 0; s < kw; ++s) {
+                if (left + s < 0 || left + s >= w) continue;
+                const T* u = x + at(pixel.image, top + r, left + s, h, w, c);
+                const float* tap = v + static_cast<size_t>(r * kw + s) * c;
+                for (int k = share.lane; k < c; k += lanes) sum = fmaf(to_float(u[k]), tap[k], sum);
+            }
+        }
+        if (bias != nullptr && share.lane == 0) sum += bias[channel.remainder];
+    }
+    sum = add_lanes(sum, lanes);
+    if (i < len && share.lane == 0) y[i] = from_float<T>(activate(sum, activation));
 }
 
 // dx, of len elements, from dy: dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, o] · w[o, r, s, c].
-// Grid: ceil(len / kThreads) blocks of kThreads. Any alignment.
+// Grid: ceil(len · lanes / kThreads) blocks of kThreads. Any alignment.
 template <class T>
-__device__ __forceinline__ void input_gradient(const T* dy, const float* weights, T* dx, size_t len, GEOMETRY) {
-    const size_t i = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= len) return;
-    const Division channel = divide(i, c);
-    const Pixel pixel(channel.quotient, h, w);
-    const size_t step = static_cast<size_t>(kh) * kw * c;
+__device__ __forceinline__ void input_gradient(const T* dy, const float* weights, T* dx, size_t len, int lanes,
+                                               GEOMETRY) {
+    const Share share(lanes);
+    const size_t i = share.element;
     float sum = 0.0f;
-    for (int r = 0; r < kh; ++r) {
-        const int row = pixel.row + ph - r;
-        if (row < 0 || row % sh != 0 || row / sh >= oh) continue;
-        for (int s = 0; s < kw; ++s) {
-            const int column = pixel.column + pw - s;
-            if (column < 0 || column % sw != 0 || column / sw >= ow) continue;
-            const T* u = dy + at(pixel.image, row / sh, column / sw, oh, ow, o);
-            const float* v = weights + static_cast<size_t>(r * kw + s) * c + channel.remainder;
-            for (int k = 0; k < o; ++k) sum = fmaf(to_float(u[k]), v[k * step], sum);
+    if (i < len) {
+        const Division channel = divide(i, c);
+        const Pixel pixel(channel.quotient, h, w);
+        const size_t step = static_cast<size_t>(kh) * kw * c;
+        for (int r = 0; r < kh; ++r) {
+            const int row = pixel.row + ph - r;
+            if (row < 0 || row % sh != 0 || row / sh >= oh) continue;
+            for (int s = 0; s < kw; ++s) {
+                const int column = pixel.column + pw - s;
+                if (column < 0 || column % sw != 0 || column / sw >= ow) continue;
+                const T* u = dy + at(pixel.image, row / sh, column / sw, oh, ow, o);
+                const float* v = weights + static_cast<size_t>(r * kw + s) * c + channel.remainder;
+                for (int k = share.lane; k < o; k += lanes) sum = fmaf(to_float(u[k]), v[k * step], sum);
+            }
         }
     }
-    dx[i] = from_float<T>(sum);
+    sum = add_lanes(sum, lanes);
+    if (i < len && share.lane == 0) dx[i] = from_float<T>(sum);
+}
+
+// Mean and variance (over N, not N − 1) of each channel of y, as stored, by a block each.
+// Grid: o blocks of kThreads. Any alignment.
+template <class T>
+__device__ __forceinline__ void statistics(const T* y, float* mean, float* variance, size_t pixels, int o) {
+    SHARED(double, sums, kThreads / 32);
+    SHARED(double, squares, kThreads / 32);
+    double sum = 0.0, square = 0.0;
+    for (size_t i = threadIdx.x; i < pixels; i += kThreads) sum += to_float(y[i * o + blockIdx.x]);
+    const double m = block_reduce<kThreads>(sum, &sums[0], Sum{}) / static_cast<double>(pixels);
+    for (size_t i = threadIdx.x; i < pixels; i += kThreads) {
+        const double off = to_float(y[i * o + blockIdx.x]) - m;
+        square += off * off;
+    }
+    square = block_reduce<kThreads>(square, &squares[0], Sum{});
+    if (threadIdx.x == 0) {
+        mean[blockIdx.x] = static_cast<float>(m);
+        variance[blockIdx.x] = static_cast<float>(square / static_cast<double>(pixels));
+    }
 }
 
 // The part of dw, of len elements, that is due to the output pixels of piece blockIdx.y:
@@ -113,13 +159,19 @@ __device__ __forceinline__ void weight_gradient(const X* x, const Y* dy, float* 
 // bf16). Any alignment.
 #define CONV_DIRECT(T, suffix)                                                                            \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                \
-        conv_direct_##suffix(const T* x, const float* weights, T* y, size_t len, GEOMETRY) {              \
-        convolve(x, weights, y, len, h, w, c, oh, ow, o, kh, kw, sh, sw, ph, pw);                         \
+        conv_direct_##suffix(const T* x, const float* weights, const float* bias, T* y, size_t len,       \
+                             int lanes, int activation, GEOMETRY) {                                       \
+        convolve(x, weights, bias, y, len, lanes, activation, h, w, c, oh, ow, o, kh, kw, sh, sw, ph,     \
+                 pw);                                                                                     \
+    }                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                                \
+        conv_direct_statistics_##suffix(const T* y, float* mean, float* variance, size_t pixels, int o) { \
+        statistics(y, mean, variance, pixels, o);                                                         \
     }                                                                                                     \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                \
         conv_direct_input_gradient_##suffix(const T* dy, const float* weights, T* dx, size_t len,         \
-                                            GEOMETRY) {                                                   \
-        input_gradient(dy, weights, dx, len, h, w, c, oh, ow, o, kh, kw, sh, sw, ph, pw);                 \
+                                            int lanes, GEOMETRY) {                                        \
+        input_gradient(dy, weights, dx, len, lanes, h, w, c, oh, ow, o, kh, kw, sh, sw, ph, pw);                 \
     }                                                                                                     \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                \
         conv_direct_weight_gradient_##suffix(const T* x, const void* dy, int dy_narrow, float* dw,        \
@@ -135,22 +187,26 @@ __device__ __forceinline__ void weight_gradient(const X* x, const Y* dy, float* 
 CONV_DIRECT(float, f32)
 CONV_DIRECT(bf16, bf16)
 
-// dw[i] = Σ partials[piece][i] over the pieces, in order by eight warps, whose sums are then added in f64.
-// Grid: ceil(len / 32) blocks of kThreads. Any alignment.
+// dw[i] = Σ over the pieces of what they have for element i, each a table of `len` elements that are rows of
+// `padded` of which the first `channels` count; eight warps add in order, and their sums are then added in f64.
+// Grid: ceil(elements / 32) blocks of kThreads. Any alignment.
 extern "C" __global__ void __launch_bounds__(kThreads)
-conv_add_pieces(const float* partials, float* dw, size_t len, int pieces) {
+conv_add_pieces(const float* partials, float* dw, size_t elements, size_t len, int pieces, int channels,
+                int padded) {
     constexpr int warps = kThreads / 32;
     SHARED(double, sums, warps, 32);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const size_t i = static_cast<size_t>(blockIdx.x) * 32 + lane;
     double sum = 0.0;
-    if (i < len) {
+    if (i < elements) {
+        const Division row = divide(i, channels);
+        const float* from = partials + row.quotient * padded + row.remainder;
 #pragma unroll 4
-        for (int piece = warp; piece < pieces; piece += warps) sum += partials[piece * len + i];
+        for (int piece = warp; piece < pieces; piece += warps) sum += from[piece * len];
     }
     sums[warp][lane] = sum;
     __syncthreads();
-    if (warp == 0 && i < len) {
+    if (warp == 0 && i < elements) {
 #pragma unroll
         for (int k = 1; k < warps; ++k) sum += sums[k][lane];
         dw[i] = static_cast<float>(sum);

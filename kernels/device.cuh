@@ -123,6 +123,14 @@ __device__ __forceinline__ T* global_address(T* address) {
     return address;
 }
 
+// x, which the compiler is to keep in a register rather than to compute again wherever it is used.
+__device__ __forceinline__ int hold(int x) {
+#if !ECHOGRAD_EMULATOR
+    asm("" : "+r"(x));
+#endif
+    return x;
+}
+
 // Count consecutive elements in as few accesses of at most 16 bytes as they take, kept as stored until
 // they are wanted, so that several loads can be under way. Addresses are multiples of 16 or, where all
 // are fewer bytes, of their size.
@@ -206,6 +214,14 @@ __device__ __forceinline__ Sigmoid sigmoid(float x) {
     const float e = expf(-fabsf(x));
     const float large = __fdividef(1.0f, 1.0f + e), small = e * large;
     return x < 0.0f ? Sigmoid{small, large} : Sigmoid{large, small};
+}
+
+// What a kernel applies to its results at the end, by number. NaN stays NaN.
+enum Activation { kIdentity, kRelu, kSilu };
+__device__ __forceinline__ float activate(float x, int activation) {
+    if (activation == kRelu) return x < 0.0f ? 0.0f : x;
+    if (activation == kSilu) return x * sigmoid(x).value;
+    return x;
 }
 
 // Philox4x32-10 (Salmon et al. 2011), as src/device/philox.rs: block `counter` of a stream of a seed.

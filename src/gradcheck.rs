@@ -106,6 +106,12 @@ impl Sampler {
         (0..len).map(|_| self.uniform(low, high)).collect()
     }
 
+    /// As [`Sampler::values`], of those that bf16 has: weights, which products in bf16 round.
+    pub fn narrow_values(&mut self, len: usize, low: f64, high: f64) -> Vec<f64> {
+        let values = self.values(len, low, high).into_iter();
+        values.map(|x| half::bf16::from_f64(x).to_f64()).collect()
+    }
+
     /// `len` numbers of both signs in `-high..high`, none closer to 0 than `gap`: for kinks at 0.
     pub fn values_off_zero(&mut self, len: usize, gap: f64, high: f64) -> Vec<f64> {
         let sign = |flip: bool| if flip { -1.0 } else { 1.0 };

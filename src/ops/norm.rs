@@ -373,7 +373,7 @@ pub(super) fn case_of_batch(
         Ok(vec![t.push(norm, &[y[0], v[2], v[3], y[1], y[2]])?])
     })
     .with("x", x, s.values(x.len(), -1.0, 1.0))
-    .with("w", w, s.values(w.len(), -1.0, 1.0))
+    .with("w", w, s.narrow_values(w.len(), -1.0, 1.0))
     .with("gamma", vector, s.values_off_zero(w.n, 0.3, 1.5))
     .with("beta", vector, s.values(w.n, -1.0, 1.0));
     case.step = STEP;

@@ -262,6 +262,12 @@ impl Launches<'_> {
         self.pointer(self.step.scratch)
     }
 
+    /// Working memory from byte `offset` on, for elements of bf16 if `narrow`, else of f32.
+    pub fn scratch_at(&self, offset: usize, narrow: bool) -> Pointer {
+        let address = self.scratch().address + offset as u64;
+        Pointer { address, narrow }
+    }
+
     /// A number of elements as a kernel's `int`.
     ///
     /// # Errors

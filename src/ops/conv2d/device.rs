@@ -1,105 +1,97 @@
-//! What a GPU launches for a convolution and its gradients: `kernels/conv_direct.cu`.
+//! What a GPU launches for a convolution and its gradients: products of `kernels/conv.cu`, or those of
+//! `kernels/conv_direct.cu`. What is chosen, and how work is cut into pieces, depends on extents and storage alone.
 
-use super::Geometry;
-use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, Stored, kernel};
+use super::correlate::Correlation;
+use super::{Activation, Geometry};
+use crate::device::gpu::launch::{
+    Argument, Arguments, Full, Grid, Launches, Pointer, Stored, Word, kernel,
+};
 use crate::error::Result;
+use crate::tensor::Shape;
 
-/// Threads of a block of `conv_direct.cu`.
+/// Threads of a block, unless a tile says otherwise.
 const THREADS: usize = 256;
+/// Stages of shared memory and bytes of a row of one, as in `conv.cu`.
+const STAGES: usize = 4;
+const ROW: usize = 64;
+/// Most rows and columns of a kernel that `conv.cu` takes.
+const TAPS: [usize; 2] = [11, 16];
+/// Output pixels and products up to which one launch of `conv_direct.cu` is done before the copies that another
+/// kernel wants are.
+const FEW: (usize, usize) = (64, 1 << 22);
+/// Threads that the elements of a small result are spread over.
+const SPREAD: usize = 1 << 18;
 /// Output pixels of a piece of the weight gradient, at least.
 const PIECE: usize = 64;
-/// Blocks that a weight gradient is cut into, about: enough for any GPU, and fixed, as the pieces decide how sums
-/// are rounded.
+/// Blocks that a direct weight gradient is cut into, about: enough for any GPU.
 const BLOCKS: usize = 2048;
+/// Groups of statistics that are added together first.
+const CHUNK: usize = 64;
 
-macro_rules! direct {
-    ($(#[$meta:meta])* struct $name:ident = $kernel:literal { $($field:ident: $type:ty),* }) => {
-        kernel! {
-            $(#[$meta])*
-            struct $name = $kernel {
-                $($field: $type,)*
-                h: i32, w: i32, c: i32, oh: i32, ow: i32, o: i32, kh: i32, kw: i32,
-                sh: i32, sw: i32, ph: i32, pw: i32,
-            }
-        }
-    };
-}
-direct! { struct Direct = "conv_direct" { x: Stored, weights: Full, y: Stored, len: u64 } }
-direct! {
-    struct DirectInputGradient = "conv_direct_input_gradient" {
-        dy: Stored, weights: Full, dx: Stored, len: u64
-    }
-}
-direct! {
-    struct DirectWeightGradient = "conv_direct_weight_gradient" {
-        x: Stored, dy: u64, dy_narrow: i32, dw: Full, len: u64, pixels: u64, piece: u64
-    }
+/// What happens to the sums of a convolution before they are stored.
+#[derive(Clone, Copy, Default)]
+pub(in crate::ops) struct Finish {
+    /// Added, one per output channel.
+    pub bias: Option<Pointer>,
+    /// Applied then.
+    pub activation: Activation,
+    /// Where mean and variance of each output channel go.
+    pub statistics: Option<[Pointer; 2]>,
 }
 
-kernel! {
-    struct AddPieces = "conv_add_pieces" { partials: Full, dw: Full, len: u64, pieces: i32 }
-}
-
-/// One of the above with the extents of a geometry behind its own fields.
-macro_rules! with_extents {
-    ($at:expr, $geometry:expr, $name:ident { $($field:ident: $value:expr),* $(,)? }) => {{
-        let (x, w, y) = ($geometry.x, $geometry.w, $geometry.output());
-        let int = |x: usize| $at.int(x);
-        let [sh, sw] = $geometry.stride;
-        let [ph, pw] = $geometry.padding;
-        $name {
-            $($field: $value,)*
-            h: int(x.h)?, w: int(x.w)?, c: int(x.c)?, oh: int(y.h)?, ow: int(y.w)?, o: int(y.c)?,
-            kh: int(w.h)?, kw: int(w.w)?, sh: int(sh)?, sw: int(sw)?, ph: int(ph)?, pw: int(pw)?,
-        }
-    }};
-}
-
-/// Launches `y = x ∗ w`.
+/// Launches `y = x ∗ w`, finished as told.
 pub(in crate::ops) fn forward(
     at: &mut Launches<'_>,
     geometry: &Geometry,
     [x, w, y]: [Pointer; 3],
+    finish: Finish,
 ) -> Result<()> {
-    let len = geometry.output().len();
-    let arguments = with_extents!(
-        at,
-        geometry,
-        Direct {
-            x: x.into(),
-            weights: w.into(),
-            y: y.into(),
-            len: len as u64,
-        }
-    );
-    at.launch(Grid::cover(len, THREADS as u32), &arguments)
+    if finish.statistics.is_none() && is_small(geometry, geometry.output()) {
+        return direct_forward(at, geometry, [x, w, y], finish);
+    }
+    let product = Product::forward(geometry, x.is_narrow());
+    if product.fits() && [x, w, y].iter().all(|p| p.is_aligned(16)) {
+        product.launch(at, [x, w, y], finish)
+    } else {
+        direct_forward(at, geometry, [x, w, y], finish)
+    }
 }
 
-/// Launches the gradient for `x`.
+/// Bytes of scratch that [`forward`] needs.
+pub(in crate::ops) fn forward_scratch(geometry: &Geometry, statistics: bool) -> usize {
+    let bytes = |narrow| Product::forward(geometry, narrow).scratch(statistics).end;
+    bytes(false).max(bytes(true))
+}
+
+/// Launches the gradient for `x`, or a transposed convolution.
 pub(in crate::ops) fn input_gradient(
     at: &mut Launches<'_>,
     geometry: &Geometry,
     [w, dy, dx]: [Pointer; 3],
 ) -> Result<()> {
+    let product = Product::input_gradient(geometry, dy.is_narrow());
+    let aligned = [w, dy, dx].iter().all(|p| p.is_aligned(16));
+    if aligned && product.fits() && !is_small(geometry, geometry.x) {
+        return product.launch(at, [dy, w, dx], Finish::default());
+    }
     let len = geometry.x.len();
-    let arguments = with_extents!(
-        at,
-        geometry,
-        DirectInputGradient {
-            dy: dy.into(),
-            weights: w.into(),
-            dx: dx.into(),
-            len: len as u64,
-        }
-    );
-    at.launch(Grid::cover(len, THREADS as u32), &arguments)
+    let lanes = lanes(len, geometry.w.n);
+    let extents = Extents::new(at, geometry)?;
+    let arguments = DirectInputGradient {
+        dy: dy.into(),
+        weights: w.into(),
+        dx: dx.into(),
+        len: len as u64,
+        lanes: at.int(lanes)?,
+        extents,
+    };
+    at.launch(Grid::cover(len * lanes, THREADS as u32), &arguments)
 }
 
-/// Output pixels of a piece of the direct weight gradient, and the number of pieces.
-fn pieces(geometry: &Geometry) -> (usize, usize) {
-    let pixels = geometry.output().rows();
-    let most = BLOCKS.div_ceil(geometry.w.len().div_ceil(THREADS));
-    super::pieces(pixels, pixels.div_ceil(most).max(PIECE))
+/// Bytes of scratch that [`input_gradient`] needs.
+pub(in crate::ops) fn input_gradient_scratch(geometry: &Geometry) -> usize {
+    let bytes = |narrow| Product::input_gradient(geometry, narrow).scratch(false).end;
+    bytes(false).max(bytes(true))
 }
 
 /// Launches the gradient for `w`.
@@ -108,41 +100,782 @@ pub(in crate::ops) fn weight_gradient(
     geometry: &Geometry,
     [x, dy, dw]: [Pointer; 3],
 ) -> Result<()> {
+    let product = WeightProduct::new(geometry, x.is_narrow());
+    let aligned = [x, dy, dw].iter().all(|p| p.is_aligned(16));
+    let uniform = x.is_narrow() == dy.is_narrow();
+    if aligned && uniform && product.fits() && !is_small(geometry, geometry.output()) {
+        return product.launch(at, [x, dy, dw]);
+    }
     let len = geometry.w.len();
-    let (piece, count) = pieces(geometry);
+    let (piece, count) = direct_pieces(geometry);
+    let extents = Extents::new(at, geometry)?;
     let partials = if count == 1 { dw } else { at.scratch() };
-    let arguments = with_extents!(
-        at,
-        geometry,
-        DirectWeightGradient {
-            x: x.into(),
-            dy: dy.address(),
-            dy_narrow: i32::from(dy.is_narrow()),
-            dw: partials.into(),
-            len: len as u64,
-            pixels: geometry.output().rows() as u64,
-            piece: piece as u64,
-        }
-    );
-    let mut grid = Grid::cover(len, THREADS as u32);
-    grid.blocks[1] = u32::try_from(count).unwrap_or(u32::MAX);
-    at.launch(grid, &arguments)?;
+    let arguments = DirectWeightGradient {
+        x: x.into(),
+        dy: dy.address(),
+        dy_narrow: i32::from(dy.is_narrow()),
+        dw: partials.into(),
+        len: len as u64,
+        pixels: geometry.output().rows() as u64,
+        piece: piece as u64,
+        extents,
+    };
+    let grid = Grid::cover(len, THREADS as u32);
+    at.launch(along_y(grid, count), &arguments)?;
     if count == 1 {
         return Ok(());
     }
-    let arguments = AddPieces {
-        partials: partials.into(),
-        dw: dw.into(),
-        len: len as u64,
-        pieces: at.int(count)?,
-    };
-    at.launch(Grid::new(len.div_ceil(32), THREADS as u32), &arguments)
+    let channels = geometry.w.c;
+    add_pieces(at, [partials, dw], geometry.w, [len, count], [channels; 2])
 }
 
 /// Bytes of scratch that [`weight_gradient`] needs.
-pub(super) fn weight_gradient_scratch(geometry: &Geometry) -> usize {
-    match pieces(geometry).1 {
-        1 => 0,
-        count => count * geometry.w.len() * size_of::<f32>(),
+pub(in crate::ops) fn weight_gradient_scratch(geometry: &Geometry) -> usize {
+    let direct = direct_pieces(geometry).1 * geometry.w.len() * size_of::<f32>();
+    let bytes = |narrow| WeightProduct::new(geometry, narrow).scratch().end;
+    bytes(false).max(bytes(true)).max(direct)
+}
+
+// ---- Correlations: the convolution and its input gradient ----
+
+/// A tile of `conv.cu`.
+struct Tile {
+    /// Of [`TILES`].
+    name: usize,
+    rows: usize,
+    columns: usize,
+    threads: usize,
+    /// Rows of a warp, of which it gives statistics.
+    group: usize,
+}
+
+/// Kernels by the tiles they make, without their storage.
+const TILES: [&str; 4] = ["conv_128x128", "conv_128x64", "conv_128x32", "conv_64x64"];
+
+const fn tile(name: usize, [rows, columns]: [usize; 2], threads: usize, group: usize) -> Tile {
+    Tile {
+        name,
+        rows,
+        columns,
+        threads,
+        group,
+    }
+}
+const WIDE: Tile = tile(0, [128, 128], 256, 64);
+const MEDIUM: Tile = tile(1, [128, 64], 128, 64);
+const TALL: Tile = tile(2, [128, 32], 128, 32);
+const SMALL: Tile = tile(3, [64, 64], 128, 32);
+const FULL_MEDIUM: Tile = tile(1, [128, 64], 128, 32);
+const FULL_TALL: Tile = tile(2, [128, 32], 64, 64);
+
+/// The arguments of a tile's kernel: `x`, `w`, `bias`, `y`, statistics, the table of correlations, how many they
+/// are, tiles along the channels, activation.
+#[derive(Clone, Copy)]
+struct Correlate<const TILE: usize>([Word; 9]);
+
+// SAFETY: `Product::launch` fills it with the addresses and extents of its step.
+unsafe impl<const TILE: usize> Arguments for Correlate<TILE> {
+    const KERNEL: &'static str = TILES[TILE];
+    fn words(&self) -> Vec<Word> {
+        self.0.to_vec()
+    }
+}
+
+/// One or several correlations that make up one result, with channels that fill vectors of 16 bytes.
+struct Product {
+    parts: Vec<Correlation>,
+    /// Extent of the tensor that is read, and its channels filled up.
+    x: Shape,
+    channels: usize,
+    outputs: usize,
+    taps: usize,
+    /// Whether the weights' two channels change places.
+    transposed: bool,
+    narrow: bool,
+    fits: bool,
+}
+
+/// Offsets of what lies in the scratch of a product.
+#[derive(Default)]
+struct Scratch {
+    x: usize,
+    w: usize,
+    statistics: usize,
+    sums: usize,
+    end: usize,
+}
+
+impl Scratch {
+    /// Room for `bytes` more.
+    fn take(&mut self, bytes: usize) -> usize {
+        let offset = self.end;
+        self.end += bytes.next_multiple_of(256);
+        offset
+    }
+}
+
+impl Product {
+    fn forward(geometry: &Geometry, narrow: bool) -> Self {
+        let channels = filled(geometry.x.c, narrow);
+        Self {
+            parts: vec![geometry.forward()],
+            x: geometry.x,
+            channels,
+            outputs: geometry.w.n,
+            taps: geometry.w.h * geometry.w.w,
+            transposed: false,
+            narrow,
+            fits: fits(geometry, narrow),
+        }
+    }
+
+    fn input_gradient(geometry: &Geometry, narrow: bool) -> Self {
+        let parts = geometry.phases();
+        Self {
+            parts: parts.filter(|p| !p.pixels.contains(&0)).collect(),
+            x: geometry.output(),
+            channels: filled(geometry.w.n, narrow),
+            outputs: geometry.x.c,
+            taps: geometry.w.h * geometry.w.w,
+            transposed: true,
+            narrow,
+            fits: fits(geometry, narrow),
+        }
+    }
+
+    fn fits(&self) -> bool {
+        self.fits
+    }
+
+    fn copies_x(&self) -> bool {
+        self.x.c != self.channels
+    }
+
+    fn copies_w(&self) -> bool {
+        self.narrow || self.transposed || self.copies_x()
+    }
+
+    /// Output pixels of the part that has most.
+    fn pixels(&self) -> usize {
+        let pixels = |p: &Correlation| p.x.n * p.pixels[0] * p.pixels[1];
+        self.parts.iter().map(pixels).max().unwrap_or(0)
+    }
+
+    fn blocks(&self, tile: &Tile) -> usize {
+        let rows = self.pixels().div_ceil(tile.rows);
+        self.parts.len() * rows * self.outputs.div_ceil(tile.columns)
+    }
+
+    /// The largest tile that leaves no more of itself empty than half as wide a one would, and makes enough blocks
+    /// to keep most GPUs busy.
+    fn tile(&self) -> &'static Tile {
+        let covered = |tile: &Tile| self.outputs.next_multiple_of(tile.columns);
+        match self.narrow {
+            true if self.outputs <= TALL.columns => &TALL,
+            true if covered(&WIDE) == covered(&MEDIUM) && self.blocks(&WIDE) >= 256 => &WIDE,
+            true if self.blocks(&MEDIUM) >= 128 => &MEDIUM,
+            true => &SMALL,
+            false if self.outputs <= FULL_TALL.columns => &FULL_TALL,
+            false => &FULL_MEDIUM,
+        }
+    }
+
+    fn scratch(&self, statistics: bool) -> Scratch {
+        let mut scratch = Scratch::default();
+        let element = if self.narrow { 2 } else { 4 };
+        if self.copies_x() {
+            scratch.x = scratch.take(self.x.rows() * self.channels * element);
+        }
+        if self.copies_w() {
+            scratch.w = scratch.take(self.outputs * self.taps * self.channels * element);
+        }
+        if statistics {
+            let groups = self.pixels().div_ceil(self.tile().group);
+            scratch.statistics = scratch.take(groups * self.outputs * 8);
+            scratch.sums = scratch.take(groups.div_ceil(CHUNK) * self.outputs * 16);
+        }
+        scratch
+    }
+
+    /// Launches the product, of pointers to what is read, the weights and the result.
+    fn launch(&self, at: &mut Launches<'_>, [x, w, y]: [Pointer; 3], finish: Finish) -> Result<()> {
+        let scratch = self.scratch(finish.statistics.is_some());
+        let x = if self.copies_x() {
+            pad(at, x, self.x, self.channels, scratch.x)?
+        } else {
+            x
+        };
+        let w = if self.copies_w() {
+            self.copy_weights(at, w, scratch.w)?
+        } else {
+            w
+        };
+        let table: Vec<u64> = self.parts.iter().flat_map(|p| self.words(p)).collect();
+        let table = at.constant(&table)?;
+        let tile = self.tile();
+        let statistics = match finish.statistics {
+            Some(_) => at.scratch_at(scratch.statistics, false),
+            None => Pointer::NULL,
+        };
+        let words = [
+            Stored::from(x).word(),
+            Stored::from(w).word(),
+            Full::from(finish.bias.unwrap_or(Pointer::NULL)).word(),
+            Stored::from(y).word(),
+            Full::from(statistics).word(),
+            Full::from(table).word(),
+            at.int(self.parts.len())?.word(),
+            at.int(self.outputs.div_ceil(tile.columns))?.word(),
+            (finish.activation as i32).word(),
+        ];
+        let grid = Grid::new(self.blocks(tile), tile.threads as u32)
+            .with_shared(STAGES * (tile.rows + tile.columns) * ROW);
+        match tile.name {
+            0 => at.launch(grid, &Correlate::<0>(words)),
+            1 => at.launch(grid, &Correlate::<1>(words)),
+            2 => at.launch(grid, &Correlate::<2>(words)),
+            _ => at.launch(grid, &Correlate::<3>(words)),
+        }?;
+        let Some([mean, variance]) = finish.statistics else {
+            return Ok(());
+        };
+        let sums = at.scratch_at(scratch.sums, false);
+        let (groups, pixels) = (self.pixels().div_ceil(tile.group), at.int(self.pixels())?);
+        let outputs = at.int(self.outputs)?;
+        let arguments = StatisticsSums {
+            statistics: statistics.into(),
+            sums: sums.into(),
+            groups: at.int(groups)?,
+            outputs,
+            pixels,
+            rows: at.int(tile.group)?,
+            chunk: at.int(CHUNK)?,
+        };
+        let chunks = groups.div_ceil(CHUNK);
+        let grid = Grid::new(self.outputs.div_ceil(32), THREADS as u32);
+        at.launch(along_y(grid, chunks), &arguments)?;
+        let arguments = StatisticsFinish {
+            sums: sums.into(),
+            mean: mean.into(),
+            variance: variance.into(),
+            chunks: at.int(chunks)?,
+            outputs,
+            pixels,
+        };
+        at.launch(Grid::cover(self.outputs * 32, THREADS as u32), &arguments)
+    }
+
+    /// Launches the copy of the weights at byte `offset` of the scratch, as the product wants them.
+    fn copy_weights(&self, at: &mut Launches<'_>, w: Pointer, offset: usize) -> Result<Pointer> {
+        let to = at.scratch_at(offset, self.narrow);
+        let (channels, padded) = (at.int(self.x.c)?, at.int(self.channels)?);
+        if self.transposed {
+            let arguments = TransposeWeights {
+                from: w.into(),
+                to: to.into(),
+                outputs: channels,
+                padded,
+                channels: at.int(self.outputs)?,
+            };
+            let blocks = self.outputs.div_ceil(32);
+            let mut grid = along_y(
+                Grid::new(blocks, THREADS as u32),
+                self.channels.div_ceil(32),
+            );
+            grid.blocks[2] = self.taps as u32;
+            at.launch(grid, &arguments)?;
+        } else if self.narrow {
+            let vectors = self.outputs * self.taps * self.channels / vector(true);
+            let arguments = NarrowWeights {
+                from: w.into(),
+                to: to.address(),
+                vectors: vectors as u64,
+                channels,
+                padded,
+            };
+            at.launch(Grid::cover(vectors, THREADS as u32), &arguments)?;
+        } else {
+            let rows = Shape::new(1, 1, self.outputs * self.taps, self.x.c);
+            pad(at, w, rows, self.channels, offset)?;
+        }
+        Ok(to)
+    }
+
+    /// One part as `struct Correlation` of `conv.cu`.
+    fn words(&self, of: &Correlation) -> Vec<u64> {
+        let int = |x: usize| x as u32;
+        let signed = |x: isize| (x as i32).cast_unsigned();
+        // Weights lie as in the copy, whose innermost channels are those of this product, filled up.
+        let (inner, channels) = (
+            if self.transposed {
+                self.outputs
+            } else {
+                self.x.c
+            },
+            self.channels,
+        );
+        let bank = |x: isize| signed(x / inner as isize * channels as isize);
+        let pixels = of.pixels[0] * of.pixels[1];
+        let [by_rows, by_columns] = of.pixels.map(fast_division);
+        let flat = of.taps == [1, 1]
+            && of.stride == [1, 1]
+            && of.origin == [0, 0]
+            && of.pixels == [of.x.h, of.x.w]
+            && (of.y.start, of.y.column, of.y.row)
+                == (0, self.outputs, self.outputs * of.pixels[1]);
+        let ints = [
+            [int(of.x.h), int(of.x.w), int(channels), int(of.pixels[0])],
+            [
+                int(of.pixels[1]),
+                int(of.x.n * pixels),
+                int(self.outputs),
+                int(of.taps[0]),
+            ],
+            [
+                int(of.taps[1]),
+                int(of.stride[0]),
+                int(of.stride[1]),
+                signed(of.origin[0]),
+            ],
+            [
+                signed(of.origin[1]),
+                int(of.y.start),
+                int(of.y.image),
+                int(of.y.row),
+            ],
+            [
+                int(of.y.column),
+                bank(of.w.start as isize),
+                bank(of.w.row),
+                bank(of.w.column),
+            ],
+            [
+                int(self.taps * channels),
+                by_rows[0],
+                by_rows[1],
+                by_columns[0],
+            ],
+            [by_columns[1], u32::from(flat), 0, 0],
+        ];
+        let pair = |pair: &[u32]| u64::from(pair[0]) | u64::from(pair[1]) << 32;
+        ints.as_flattened().chunks_exact(2).map(pair).collect()
+    }
+}
+
+/// Multiplier and shift by which `conv.cu` divides numbers below 2³¹ by `divisor` (Granlund, Montgomery 1994):
+/// `⌊i·⌈2ˢ/d⌉ / 2ˢ⌋ = ⌊i/d⌋` with `s = 31 + ⌈log₂ d⌉`.
+fn fast_division(divisor: usize) -> [u32; 2] {
+    let shift = 31 + divisor.next_power_of_two().trailing_zeros();
+    let multiplier = (1u64 << shift).div_ceil(divisor as u64);
+    [multiplier as u32, shift]
+}
+
+// ---- The weight gradient ----
+
+/// Kernels of the weight gradient by the tiles they make, without their storage.
+const WEIGHT_TILES: [&str; 2] = ["conv_weight_gradient_128x128", "conv_weight_gradient_64x64"];
+
+/// The arguments of such a kernel: `x`, `dy`, `dw`, the convolution, tiles along the terms, pixels of a piece.
+#[derive(Clone, Copy)]
+struct WeightGradient<const TILE: usize>([Word; 6]);
+
+// SAFETY: `WeightProduct::launch` fills it with the addresses and extents of its step.
+unsafe impl<const TILE: usize> Arguments for WeightGradient<TILE> {
+    const KERNEL: &'static str = WEIGHT_TILES[TILE];
+    fn words(&self) -> Vec<Word> {
+        self.0.to_vec()
+    }
+}
+
+/// The weight gradient, with channels of both tensors that fill vectors of 16 bytes.
+struct WeightProduct {
+    forward: Product,
+    y: Shape,
+    w: Shape,
+    /// Channels of `dy` filled up.
+    outputs: usize,
+    /// Of [`WEIGHT_TILES`], the extent of that tile and its threads.
+    tile: usize,
+    edge: usize,
+    threads: usize,
+    /// Output pixels of a piece, and the number of pieces.
+    piece: usize,
+    pieces: usize,
+}
+
+impl WeightProduct {
+    fn new(geometry: &Geometry, narrow: bool) -> Self {
+        let mut forward = Product::forward(geometry, narrow);
+        let outputs = filled(geometry.w.n, narrow);
+        // It is `dy` whose rows it reads.
+        forward.outputs = outputs;
+        let terms = forward.taps * forward.channels;
+        let (tile, edge, threads, blocks) = match (narrow, outputs.min(terms) > 64) {
+            (true, true) => (0, 128, 256, 256_usize),
+            (true, false) => (1, 64, 128, 512),
+            (false, _) => (1, 64, 64, 512),
+        };
+        // Whole stages of pixels, and several of them.
+        let depth = ROW / if narrow { 2 } else { 4 };
+        let pixels = geometry.output().rows();
+        let tiles = outputs.div_ceil(edge) * terms.div_ceil(edge);
+        let piece = pixels.div_ceil(blocks.div_ceil(tiles)).max(8 * depth);
+        let piece = piece.next_multiple_of(depth);
+        Self {
+            forward,
+            y: geometry.output(),
+            w: geometry.w,
+            outputs,
+            tile,
+            edge,
+            threads,
+            piece,
+            pieces: pixels.div_ceil(piece),
+        }
+    }
+
+    fn fits(&self) -> bool {
+        self.forward.fits()
+    }
+
+    fn copies_y(&self) -> bool {
+        self.y.c != self.outputs
+    }
+
+    /// Elements of a piece's part of the gradient.
+    fn len(&self) -> usize {
+        self.outputs * self.forward.taps * self.forward.channels
+    }
+
+    /// Whether the kernel writes something else than the gradient itself.
+    fn adds(&self) -> bool {
+        self.pieces > 1 || self.copies_y() || self.forward.copies_x()
+    }
+
+    /// `w` being where the copy of `dy` lies, `sums` the pieces.
+    fn scratch(&self) -> Scratch {
+        let mut scratch = Scratch::default();
+        let element = if self.forward.narrow { 2 } else { 4 };
+        if self.forward.copies_x() {
+            scratch.x = scratch.take(self.forward.x.rows() * self.forward.channels * element);
+        }
+        if self.copies_y() {
+            scratch.w = scratch.take(self.y.rows() * self.outputs * element);
+        }
+        if self.adds() {
+            scratch.sums = scratch.take(self.pieces * self.len() * size_of::<f32>());
+        }
+        scratch
+    }
+
+    fn launch(&self, at: &mut Launches<'_>, [x, dy, dw]: [Pointer; 3]) -> Result<()> {
+        let scratch = self.scratch();
+        let forward = &self.forward;
+        let x = if forward.copies_x() {
+            pad(at, x, forward.x, forward.channels, scratch.x)?
+        } else {
+            x
+        };
+        let dy = if self.copies_y() {
+            pad(at, dy, self.y, self.outputs, scratch.w)?
+        } else {
+            dy
+        };
+        let to = if self.adds() {
+            at.scratch_at(scratch.sums, false)
+        } else {
+            dw
+        };
+        let table = at.constant(&forward.words(&forward.parts[0]))?;
+        let columns = (forward.taps * forward.channels).div_ceil(self.edge);
+        let words = [
+            Stored::from(x).word(),
+            Stored::from(dy).word(),
+            Full::from(to).word(),
+            Full::from(table).word(),
+            at.int(columns)?.word(),
+            at.int(self.piece)?.word(),
+        ];
+        let blocks = self.outputs.div_ceil(self.edge) * columns;
+        let grid = Grid::new(blocks, self.threads as u32).with_shared(STAGES * 2 * self.edge * ROW);
+        let grid = along_y(grid, self.pieces);
+        match self.tile {
+            0 => at.launch(grid, &WeightGradient::<0>(words)),
+            _ => at.launch(grid, &WeightGradient::<1>(words)),
+        }?;
+        if self.adds() {
+            let channels = [self.w.c, forward.channels];
+            add_pieces(at, [to, dw], self.w, [self.len(), self.pieces], channels)?;
+        }
+        Ok(())
+    }
+}
+
+// ---- Small kernels ----
+
+kernel! {
+    struct Pad = "conv_pad" { from: Stored, to: Stored, vectors: u64, channels: i32, padded: i32 }
+}
+kernel! {
+    struct NarrowWeights = "conv_narrow_weights" {
+        from: Full, to: u64, vectors: u64, channels: i32, padded: i32
+    }
+}
+kernel! {
+    struct TransposeWeights = "conv_transpose_weights" {
+        from: Full, to: Stored, outputs: i32, padded: i32, channels: i32
+    }
+}
+kernel! {
+    struct StatisticsSums = "conv_statistics_sums" {
+        statistics: Full, sums: Full, groups: i32, outputs: i32, pixels: i32, rows: i32, chunk: i32
+    }
+}
+kernel! {
+    struct StatisticsFinish = "conv_statistics_finish" {
+        sums: Full, mean: Full, variance: Full, chunks: i32, outputs: i32, pixels: i32
+    }
+}
+kernel! {
+    struct AddPieces = "conv_add_pieces" {
+        partials: Full, dw: Full, elements: u64, len: u64, pieces: i32, channels: i32, padded: i32
+    }
+}
+
+/// Elements of 16 bytes.
+fn vector(narrow: bool) -> usize {
+    if narrow { 8 } else { 4 }
+}
+
+/// As many channels as fill vectors.
+fn filled(channels: usize, narrow: bool) -> usize {
+    channels.next_multiple_of(vector(narrow))
+}
+
+/// Whether `conv.cu` can compute a convolution and its gradients: few enough taps, and offsets that are `int`s,
+/// those of pixels outside of the image included.
+fn fits(geometry: &Geometry, narrow: bool) -> bool {
+    let (x, w, y) = (geometry.x, geometry.w, geometry.output());
+    let inner = filled(x.c, narrow).max(filled(y.c, narrow));
+    let outside = |of: Shape| {
+        let rows = of.n * of.h + geometry.padding[0] + 64;
+        rows * (of.w + geometry.padding[1] + 64) * inner
+    };
+    let weights = inner * inner * w.h * w.w;
+    w.h <= TAPS[0]
+        && w.w <= TAPS[1]
+        && [outside(x), outside(y), weights]
+            .iter()
+            .all(|&len| len <= i32::MAX as usize)
+}
+
+/// Whether direct computation of a result that has the pixels of `of` is quick.
+fn is_small(geometry: &Geometry, of: Shape) -> bool {
+    of.rows() <= FEW.0 && geometry.output().rows() * geometry.w.len() <= FEW.1
+}
+
+/// The same grid for each of `count` pieces.
+fn along_y(mut grid: Grid, count: usize) -> Grid {
+    grid.blocks[1] = u32::try_from(count).unwrap_or(u32::MAX);
+    grid
+}
+
+/// Launches a copy of `from` with `channels` channels, at byte `offset` of the scratch.
+fn pad(
+    at: &mut Launches<'_>,
+    from: Pointer,
+    shape: Shape,
+    channels: usize,
+    offset: usize,
+) -> Result<Pointer> {
+    let to = at.scratch_at(offset, from.is_narrow());
+    let vectors = shape.rows() * channels / vector(from.is_narrow());
+    let arguments = Pad {
+        from: from.into(),
+        to: to.into(),
+        vectors: vectors as u64,
+        channels: at.int(shape.c)?,
+        padded: at.int(channels)?,
+    };
+    at.launch(Grid::cover(vectors, THREADS as u32), &arguments)?;
+    Ok(to)
+}
+
+/// Launches the sum of pieces of `len` elements into a gradient of extent `w`; channels of `w` and of the pieces.
+fn add_pieces(
+    at: &mut Launches<'_>,
+    [partials, dw]: [Pointer; 2],
+    w: Shape,
+    [len, pieces]: [usize; 2],
+    [channels, padded]: [usize; 2],
+) -> Result<()> {
+    let arguments = AddPieces {
+        partials: partials.into(),
+        dw: dw.into(),
+        elements: w.len() as u64,
+        len: len as u64,
+        pieces: at.int(pieces)?,
+        channels: at.int(channels)?,
+        padded: at.int(padded)?,
+    };
+    at.launch(Grid::new(w.len().div_ceil(32), THREADS as u32), &arguments)
+}
+
+// ---- Direct kernels ----
+
+/// What all of them take at the end: rows, columns and channels of x and y, rows and columns of the kernel, stride,
+/// padding.
+#[derive(Clone, Copy, Debug)]
+struct Extents([i32; 12]);
+
+impl Extents {
+    fn new(at: &Launches<'_>, geometry: &Geometry) -> Result<Self> {
+        let (x, w, y) = (geometry.x, geometry.w, geometry.output());
+        let [[sh, sw], [ph, pw]] = [geometry.stride, geometry.padding];
+        let extents = [x.h, x.w, x.c, y.h, y.w, y.c, w.h, w.w, sh, sw, ph, pw];
+        let mut ints = [0; 12];
+        for (int, extent) in ints.iter_mut().zip(extents) {
+            *int = at.int(extent)?;
+        }
+        Ok(Self(ints))
+    }
+}
+
+/// Declares a kernel with [`Extents`] behind its own parameters.
+macro_rules! direct {
+    (struct $name:ident = $kernel:literal { $($field:ident: $type:ty),* }) => {
+        #[derive(Clone, Copy, Debug)]
+        struct $name { $($field: $type,)* extents: Extents }
+
+        // SAFETY: as of `kernel!`; the extents are twelve ints.
+        unsafe impl Arguments for $name {
+            const KERNEL: &'static str = $kernel;
+            fn words(&self) -> Vec<Word> {
+                let own = [$(self.$field.word()),*];
+                own.into_iter().chain(self.extents.0.map(Argument::word)).collect()
+            }
+        }
+    };
+}
+direct! {
+    struct Direct = "conv_direct" {
+        x: Stored, weights: Full, bias: Full, y: Stored, len: u64, lanes: i32, activation: i32
+    }
+}
+direct! {
+    struct DirectInputGradient = "conv_direct_input_gradient" {
+        dy: Stored, weights: Full, dx: Stored, len: u64, lanes: i32
+    }
+}
+direct! {
+    struct DirectWeightGradient = "conv_direct_weight_gradient" {
+        x: Stored, dy: u64, dy_narrow: i32, dw: Full, len: u64, pixels: u64, piece: u64
+    }
+}
+kernel! {
+    struct DirectStatistics = "conv_direct_statistics" {
+        y: Stored, mean: Full, variance: Full, pixels: u64, o: i32
+    }
+}
+
+/// Lanes that share one of `len` elements, each a sum over `channels`.
+fn lanes(len: usize, channels: usize) -> usize {
+    let mut lanes = 1;
+    while lanes < 32 && 8 * lanes <= channels && 2 * lanes * len <= SPREAD {
+        lanes *= 2;
+    }
+    lanes
+}
+
+fn direct_forward(
+    at: &mut Launches<'_>,
+    geometry: &Geometry,
+    [x, w, y]: [Pointer; 3],
+    finish: Finish,
+) -> Result<()> {
+    let output = geometry.output();
+    let (len, lanes) = (output.len(), lanes(output.len(), geometry.x.c));
+    let extents = Extents::new(at, geometry)?;
+    let arguments = Direct {
+        x: x.into(),
+        weights: w.into(),
+        bias: finish.bias.unwrap_or(Pointer::NULL).into(),
+        y: y.into(),
+        len: len as u64,
+        lanes: at.int(lanes)?,
+        activation: finish.activation as i32,
+        extents,
+    };
+    at.launch(Grid::cover(len * lanes, THREADS as u32), &arguments)?;
+    let Some([mean, variance]) = finish.statistics else {
+        return Ok(());
+    };
+    let arguments = DirectStatistics {
+        y: y.into(),
+        mean: mean.into(),
+        variance: variance.into(),
+        pixels: output.rows() as u64,
+        o: at.int(output.c)?,
+    };
+    at.launch(Grid::new(output.c, THREADS as u32), &arguments)
+}
+
+/// Output pixels of a piece of the direct weight gradient, and the number of pieces.
+fn direct_pieces(geometry: &Geometry) -> (usize, usize) {
+    let pixels = geometry.output().rows();
+    let most = BLOCKS.div_ceil(geometry.w.len().div_ceil(THREADS));
+    super::pieces(pixels, pixels.div_ceil(most).max(PIECE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry(x: Shape, o: usize, kernel: usize) -> Geometry {
+        let w = Shape::new(o, kernel, kernel, x.c);
+        Geometry::new(x, w, [1, 1], [kernel / 2; 2]).unwrap()
+    }
+
+    #[test]
+    fn divisions_by_multiplication_are_exact() {
+        let last = i32::MAX as u32;
+        for divisor in (1..70).chain([127, 128, 1000, 65_535, 65_537, 1 << 30, last as usize]) {
+            let [multiplier, shift] = fast_division(divisor);
+            let d = divisor as u32;
+            let near = |multiple: u32| [multiple.saturating_sub(1), multiple, multiple + 1];
+            let multiples = [0, 1, 2, 3, 1000, last / d / 2, last / d].map(|m| m.min(last / d) * d);
+            for i in multiples
+                .into_iter()
+                .flat_map(near)
+                .chain([last])
+                .filter(|&i| i <= last)
+            {
+                let found = u64::from(i) * u64::from(multiplier) >> shift;
+                assert_eq!(found, u64::from(i / d), "{i} / {divisor}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_follow_from_extents() {
+        let chosen = |x: Shape, o: usize, kernel: usize, narrow: bool| {
+            let product = Product::forward(&geometry(x, o, kernel), narrow);
+            assert!(product.fits());
+            TILES[product.tile().name]
+        };
+        let map = |edge: usize, c: usize| Shape::new(16, edge, edge, c);
+        assert_eq!(chosen(map(128, 64), 128, 3, true), "conv_128x128");
+        assert_eq!(chosen(map(128, 64), 192, 3, true), "conv_128x64");
+        assert_eq!(chosen(map(128, 96), 24, 1, true), "conv_128x32");
+        assert_eq!(chosen(map(8, 1152), 192, 1, true), "conv_64x64");
+        assert_eq!(chosen(map(8, 1152), 192, 1, false), "conv_128x64");
+        assert_eq!(chosen(map(128, 96), 24, 1, false), "conv_128x32");
+    }
+
+    #[test]
+    fn what_offsets_cannot_reach_is_left_to_the_direct_kernels() {
+        assert!(!fits(&geometry(Shape::new(64, 512, 512, 128), 8, 1), true));
+        assert!(fits(&geometry(Shape::new(64, 512, 512, 64), 8, 1), true));
+        assert!(!fits(&geometry(Shape::new(1, 64, 64, 8), 8, 17), true));
     }
 }

@@ -92,7 +92,7 @@ impl Geometry {
         }
     }
 
-    fn forward(&self) -> Correlation {
+    pub(super) fn forward(&self) -> Correlation {
         let (x, w, y) = (self.x, self.w, self.output());
         Correlation {
             x,
@@ -120,7 +120,7 @@ impl Geometry {
     /// The input gradient by phases: the pixels `i ≡ phase (mod stride)` of the input see only the taps
     /// `r ≡ i + padding (mod stride)`, at neighbouring output pixels and in descending order, so each phase is
     /// a correlation of stride 1 of the output gradient with those taps turned round.
-    fn phases(&self) -> impl Iterator<Item = Correlation> {
+    pub(super) fn phases(&self) -> impl Iterator<Item = Correlation> {
         let (x, w) = (self.x, self.w);
         let this = *self;
         (0..self.stride[0] * self.stride[1]).map(move |phase| {

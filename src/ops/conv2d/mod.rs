@@ -116,12 +116,16 @@ impl Op for Conv2d {
         }
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        if self.statistics {
-            return Err(Error::NoKernel { op: self.name() });
-        }
         let geometry = self.geometry(at.input_shape(0), at.input_shape(1))?;
         let pointers = [at.input(0), at.input(1), at.output(0)];
-        device::forward(at, &geometry, pointers)
+        let finish = device::Finish {
+            statistics: self.statistics.then(|| [at.output(1), at.output(2)]),
+            ..Default::default()
+        };
+        device::forward(at, &geometry, pointers, finish)
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        device::forward_scratch(&self.accepted(inputs[0], inputs[1]), self.statistics)
     }
     fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
         if self.statistics {
@@ -194,6 +198,20 @@ impl Op for Conv2dBias {
     fn scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
         self.conv.scratch(inputs, outputs)
     }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        let (x, w) = (at.input_shape(0), at.input_shape(1));
+        let geometry = self.conv.geometry(x, w)?;
+        let pointers = [at.input(0), at.input(1), at.output(0)];
+        let finish = device::Finish {
+            bias: Some(at.input(2)),
+            activation: self.activation,
+            statistics: None,
+        };
+        device::forward(at, &geometry, pointers, finish)
+    }
+    fn device_scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
+        self.conv.device_scratch(inputs, outputs)
+    }
 }
 
 /// The gradient of [`Conv2d`] for `x`; inputs `w`, `dy`.
@@ -236,6 +254,9 @@ impl Op for Conv2dInputGradient {
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let pointers = [at.input(0), at.input(1), at.output(0)];
         device::input_gradient(at, &self.geometry, pointers)
+    }
+    fn device_scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
+        device::input_gradient_scratch(&self.geometry)
     }
 }
 
@@ -354,7 +375,7 @@ fn case(s: &mut Sampler, op: Conv2d, x: Shape, w: Shape) -> Case {
     Case::new(description, move |t, v| Ok(vec![t.push(op, v)?]))
         .with("x", x, s.values(x.len(), -1.0, 1.0))
         .narrow()
-        .with("w", w, s.values(w.len(), -1.0, 1.0))
+        .with("w", w, s.narrow_values(w.len(), -1.0, 1.0))
 }
 
 /// Cuts `extent` into as few pieces of at most `most` as will do, all of one size but the last, and gives that

@@ -1,0 +1,710 @@
+// Convolution and its gradients as products of matrices that are never built (implicit GEMM).
+//
+//     correlate         y[pixel, o] = Σₖ x[pixel + tap, c] · w[o, k],  k = (row, column, c) of the kernel
+//     weight gradient   dw[o, k] = Σ dy[pixel, o] · x[pixel + tap, c], summed over pixels
+//
+// The input gradient is a correlation too: of dy, for each phase of the stride, with the taps that meet it, turned
+// round (Correlation below says how each phase walks); so is a transposed convolution. bf16 goes through mma.sync
+// with f32 sums, f32 through fused multiply-adds: exact products, in an order that depends on sizes alone.
+//
+// A block makes a tile of the result. Operands come by cp.async, 16 bytes a thread, into a ring of kStages stages of
+// shared memory; one barrier a stage. Channels are contiguous in memory and a multiple of 16 bytes, so each vector
+// of k lies in one tap: a thread walks (row, column, channel) by additions, and its pixels, which stay, are known by
+// an offset and two rows of bits, one for each tap's row and column that lies inside of the image. Vectors outside,
+// and behind the end of k, arrive as zeros.
+//
+// Shared memory is swizzled: rows of 64 bytes, whose vector v lies at v ^ (row / 2 % 4), and rows of 128 bytes and
+// more, at v ^ (row % 8), give eight rows' vectors of one number 32 different banks, as ldmatrix and 16-byte loads
+// want them.
+//
+// What of the results goes to memory is put together in shared memory first, so that whole rows of channels are
+// written by 16 bytes a thread.
+#include "device.cuh"
+
+constexpr int kStages = 4;
+// A row of k in a stage of `correlate`.
+constexpr int kRowBytes = 64;
+constexpr int kRowVectors = kRowBytes / 16;
+
+// Instantiations for GPUs with products of bf16; elsewhere those kernels are empty.
+#define ANYWHERE(...) __VA_ARGS__
+#if ECHOGRAD_EMULATOR || __CUDA_ARCH__ >= 800
+#define TENSOR_CORES(...) __VA_ARGS__
+#else
+#define TENSOR_CORES(...)
+#endif
+
+// Elements of 16 bytes.
+template <class T>
+constexpr int kWidth = 16 / sizeof(T);
+
+// i / divisor for i < 2^31, by a multiplication: multiplier = ceil(2^shift / divisor), shift = 31 + ceil(log2).
+struct FastDivision {
+    unsigned multiplier, shift;
+    __device__ __forceinline__ int operator()(int i) const {
+        return static_cast<int>(static_cast<unsigned long long>(static_cast<unsigned>(i)) * multiplier >> shift);
+    }
+};
+
+// How a correlation walks its tensors, as src/ops/conv2d/device.rs writes it; offsets in elements.
+//
+//     y[start + n·image + i·row + j·column + o]
+//         = Σ x[n, i·stride + r + top, j·stride + s + left, c] · w[start + o·output + r·row + s·column + c]
+struct __align__(16) Correlation {
+    int x_rows, x_columns, channels;
+    // Output pixels of an image, of the batch, and output channels.
+    int rows, columns, pixels, outputs;
+    int taps[2], stride[2], origin[2];
+    int y_start, y_image, y_row, y_column;
+    int w_start, w_row, w_column, w_output;
+    FastDivision by_rows, by_columns;
+    // One tap, of the pixel itself, in a y without gaps: pixel i is at i·channels, and i·outputs in y.
+    int flat;
+    int unused[2];
+};
+
+// An output pixel.
+struct Pixel {
+    int image, row, column;
+    __device__ __forceinline__ Pixel(const Correlation& of, int i) {
+        const int rows = of.by_columns(i);
+        column = i - rows * of.columns;
+        image = of.by_rows(rows);
+        row = rows - image * of.rows;
+    }
+};
+
+// Bits first .. first + taps − 1 of which are set where first + tap is in 0 .. extent.
+__device__ __forceinline__ unsigned inside(int first, int taps, int extent) {
+    const int low = max(0, -first), high = min(taps, extent - first);
+    return low < high ? (1u << high) - (1u << low) : 0u;
+}
+
+// ---- Sums of a warp: which element of the tile a thread has where, and how they are made ----
+
+#if ECHOGRAD_EMULATOR || __CUDA_ARCH__ >= 800
+// RowTiles·16 × ColumnPairs·16 sums, bf16 operands.
+template <int RowTiles, int ColumnPairs>
+struct TensorSums {
+    static constexpr int kRows = 2 * RowTiles, kColumns = 4 * ColumnPairs;
+    // Size of the warp's tile, and lanes along its rows.
+    static constexpr int kTileRows = 16 * RowTiles, kTileColumns = 16 * ColumnPairs, kLanes = 4;
+    float sums[RowTiles][2 * ColumnPairs][4];
+
+    static __device__ __forceinline__ int row(int i) {
+        return i / 2 * 16 + i % 2 * 8 + static_cast<int>(threadIdx.x) % 32 / 4;
+    }
+    static __device__ __forceinline__ int column(int j) {
+        return j / 2 * 8 + j % 2 + static_cast<int>(threadIdx.x) % 4 * 2;
+    }
+    __device__ __forceinline__ float& at(int i, int j) { return sums[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
+    __device__ __forceinline__ void multiply(const unsigned (&a)[RowTiles][4],
+                                             const unsigned (&b)[ColumnPairs][4]) {
+#pragma unroll
+        for (int i = 0; i < RowTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < ColumnPairs; ++j) {
+                mma_bf16(sums[i][2 * j], a[i], {b[j][0], b[j][1]});
+                mma_bf16(sums[i][2 * j + 1], a[i], {b[j][2], b[j][3]});
+            }
+        }
+    }
+
+    // Where a lane reads in a stage of rows of k, in bytes, the warp's tile beginning in rows a and b.
+    struct Reader {
+        int a[2], b[2];
+        __device__ __forceinline__ Reader(int a_row, int b_row) {
+            const int lane = threadIdx.x % 32;
+            a_row += lane % 16;
+            b_row += lane / 16 * 8 + lane % 8;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                a[k] = hold(a_row * kRowBytes + ((lane / 16 + 2 * k) ^ (a_row / 2 % 4)) * 16);
+                b[k] = hold(b_row * kRowBytes + ((lane / 8 % 2 + 2 * k) ^ (b_row / 2 % 4)) * 16);
+            }
+        }
+    };
+    __device__ __forceinline__ void add(const unsigned char* stage, const Reader& at) {
+        static_assert(kRowVectors == 4, "two products deep");
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            unsigned left[RowTiles][4], right[ColumnPairs][4];
+#pragma unroll
+            for (int i = 0; i < RowTiles; ++i) ldmatrix(left[i], stage + at.a[k] + i * 16 * kRowBytes);
+#pragma unroll
+            for (int j = 0; j < ColumnPairs; ++j) ldmatrix(right[j], stage + at.b[k] + j * 16 * kRowBytes);
+            multiply(left, right);
+        }
+    }
+
+    // The same for a stage of Depth rows of pixels of APitch bytes, and behind them of BPitch, from elements a
+    // and b of them on.
+    template <int Depth, int APitch, int BPitch>
+    struct TransposedReader {
+        static_assert(APitch % 128 == 0 && BPitch % 128 == 0, "as the swizzle wants");
+        int a[RowTiles], b[ColumnPairs];
+        __device__ __forceinline__ TransposedReader(int a_first, int b_first) {
+            const int lane = threadIdx.x % 32, swizzle = lane % 8;
+#pragma unroll
+            for (int i = 0; i < RowTiles; ++i) {
+                const int vector = (a_first / 8 + lane / 8 % 2 + 2 * i) ^ swizzle;
+                a[i] = hold((lane / 16 * 8 + lane % 8) * APitch + vector * 16);
+            }
+#pragma unroll
+            for (int j = 0; j < ColumnPairs; ++j) {
+                const int vector = (b_first / 8 + lane / 16 + 2 * j) ^ swizzle;
+                b[j] = hold(Depth * APitch + lane % 16 * BPitch + vector * 16);
+            }
+        }
+    };
+    template <int Depth, int APitch, int BPitch>
+    __device__ __forceinline__ void add(const unsigned char* stage,
+                                        const TransposedReader<Depth, APitch, BPitch>& at) {
+#pragma unroll
+        for (int k = 0; k < Depth; k += 16) {
+            unsigned left[RowTiles][4], right[ColumnPairs][4];
+#pragma unroll
+            for (int i = 0; i < RowTiles; ++i) ldmatrix<4, true>(left[i], stage + at.a[i] + k * APitch);
+#pragma unroll
+            for (int j = 0; j < ColumnPairs; ++j) ldmatrix<4, true>(right[j], stage + at.b[j] + k * BPitch);
+            multiply(left, right);
+        }
+    }
+};
+#endif
+
+// 8·(32 / Lanes) × 8·Lanes sums of f32 operands, 8 × 8 a thread. Transposed: for stages of rows of pixels.
+template <int Lanes, bool Transposed = false>
+struct FloatSums {
+    static constexpr int kRows = 8, kColumns = 8, kLanes = Lanes, kRowLanes = 32 / Lanes;
+    static constexpr int kTileRows = 8 * kRowLanes, kTileColumns = 8 * Lanes;
+    float sums[8][8];
+
+    // Interleaved one by one, or by fours.
+    static __device__ __forceinline__ int element(int i, int lane, int lanes) {
+        return Transposed ? i / 4 * 4 * lanes + lane * 4 + i % 4 : i * lanes + lane;
+    }
+    static __device__ __forceinline__ int row(int i) {
+        return element(i, static_cast<int>(threadIdx.x) % 32 / Lanes, kRowLanes);
+    }
+    static __device__ __forceinline__ int column(int j) {
+        return element(j, static_cast<int>(threadIdx.x) % Lanes, Lanes);
+    }
+    __device__ __forceinline__ float& at(int i, int j) { return sums[i][j]; }
+
+    // As of TensorSums.
+    struct Reader {
+        int a, b;
+        __device__ __forceinline__ Reader(int a_row, int b_row)
+            : a(hold((a_row + static_cast<int>(threadIdx.x) % 32 / Lanes) * kRowBytes)),
+              b(hold((b_row + static_cast<int>(threadIdx.x) % Lanes) * kRowBytes)) {}
+    };
+    __device__ __forceinline__ void add(const unsigned char* stage, const Reader& at) {
+        auto load = [&](int first, int lanes, int i, int k) {
+            // Row / 2 % 4 of row first / kRowBytes + i·lanes, of which only the first is not known to the compiler.
+            const int swizzle = (first / (2 * kRowBytes) % 4) ^ (i * lanes / 2 % 4);
+            return *reinterpret_cast<const Vector<float, 4>*>(stage + first + i * lanes * kRowBytes +
+                                                              (k ^ swizzle) * 16);
+        };
+        // Not all at once: the loads would all go first, and registers run out.
+#pragma unroll 1
+        for (int k = 0; k < kRowVectors; ++k) {
+            Vector<float, 4> left[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) left[i] = load(at.a, kRowLanes, i, k);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const Vector<float, 4> right = load(at.b, Lanes, j, k);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) sums[i][j] = fmaf(left[i].at[e], right.at[e], sums[i][j]);
+                }
+            }
+        }
+    }
+
+    template <int Depth, int APitch, int BPitch>
+    struct TransposedReader {
+        int a, b;
+        __device__ __forceinline__ TransposedReader(int a_first, int b_first)
+            : a(hold((a_first + static_cast<int>(threadIdx.x) % 32 / Lanes * 4) * 4)),
+              b(hold(Depth * APitch + (b_first + static_cast<int>(threadIdx.x) % Lanes * 4) * 4)) {}
+    };
+    template <int Depth, int APitch, int BPitch>
+    __device__ __forceinline__ void add(const unsigned char* stage,
+                                        const TransposedReader<Depth, APitch, BPitch>& at) {
+        // Rows of pixels are read along: no swizzle.
+        auto load = [&](int from, int lanes, Vector<float, 4>(&to)[2]) {
+            to[0] = *reinterpret_cast<const Vector<float, 4>*>(stage + from);
+            to[1] = *reinterpret_cast<const Vector<float, 4>*>(stage + from + lanes * 16);
+        };
+#pragma unroll
+        for (int k = 0; k < Depth; ++k) {
+            Vector<float, 4> left[2], right[2];
+            load(at.a + k * APitch, kRowLanes, left);
+            load(at.b + k * BPitch, Lanes, right);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    sums[i][j] = fmaf(left[i / 4].at[i % 4], right[j / 4].at[j % 4], sums[i][j]);
+                }
+            }
+        }
+    }
+};
+
+// ---- Correlation ----
+
+// f(sum) for each of a thread's.
+template <class Sums, class F>
+__device__ __forceinline__ void for_each(Sums& sums, F f) {
+#pragma unroll
+    for (int j = 0; j < Sums::kColumns; ++j) {
+#pragma unroll
+        for (int i = 0; i < Sums::kRows; ++i) f(sums.at(i, j));
+    }
+}
+
+// Mean of `count` rows of a column, and Σ (y − mean)², of the columns of a warp's sums: one value a thread and
+// column, put together over the lanes that share it. To statistics[group][output].
+template <class Sums>
+__device__ __forceinline__ void store_statistics(Sums& sums, Vector<float, 2>* statistics, int count, int group,
+                                                 int column, int outputs) {
+    const float per_count = 1.0f / static_cast<float>(count);
+#pragma unroll
+    for (int j = 0; j < Sums::kColumns; ++j) {
+        float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < Sums::kRows; ++i) sum += Sums::row(i) < count ? sums.at(i, j) : 0.0f;
+#pragma unroll
+        for (int lanes = Sums::kLanes; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+        const float mean = sum * per_count;
+#pragma unroll
+        for (int i = 0; i < Sums::kRows; ++i) {
+            const float off = Sums::row(i) < count ? sums.at(i, j) - mean : 0.0f;
+            squares = fmaf(off, off, squares);
+        }
+#pragma unroll
+        for (int lanes = Sums::kLanes; lanes < 32; lanes *= 2) {
+            squares += __shfl_xor_sync(kFullWarp, squares, lanes);
+        }
+        const int o = column + Sums::column(j);
+        if (count > 0 && o < outputs && static_cast<int>(threadIdx.x) % 32 < Sums::kLanes) {
+            statistics[static_cast<size_t>(group) * outputs + o] = {{mean, squares}};
+        }
+    }
+}
+
+// A tile of RowWarps × ColumnWarps warps' sums of y = activation(x ∗ w + bias), bias and statistics where they are
+// not null. See CONV below.
+template <class T, class Sums, int RowWarps, int ColumnWarps>
+__device__ __forceinline__ void correlate(const T* x, const T* w, const float* bias, T* y, void* statistics,
+                                          const Correlation* phases, int phase_count, int column_tiles,
+                                          int activation) {
+    constexpr int n = kWidth<T>, depth = kRowBytes / sizeof(T), threads = 32 * RowWarps * ColumnWarps;
+    constexpr int tile_rows = RowWarps * Sums::kTileRows, tile_columns = ColumnWarps * Sums::kTileColumns;
+    constexpr int step = threads / kRowVectors;  // rows that are fetched at once
+    constexpr int x_count = tile_rows / step, w_count = tile_columns / step;
+    constexpr int stage_bytes = (tile_rows + tile_columns) * kRowBytes;
+    static_assert(step % 8 == 0 && x_count * step == tile_rows && w_count * step == tile_columns, "whole rows");
+    DYNAMIC_SHARED(unsigned char, shared);
+    // Where in y a row of the tile goes, or −1.
+    SHARED(int, places, tile_rows);
+
+    const unsigned tile = blockIdx.x / column_tiles;
+    const Correlation of = phases[tile % phase_count];
+    const int first_row = static_cast<int>(tile / phase_count) * tile_rows;
+    const int first_column = static_cast<int>(blockIdx.x % column_tiles) * tile_columns;
+    if (first_row >= of.pixels) return;  // a phase with fewer pixels than others: the whole block
+
+    for (int i = threadIdx.x; i < tile_rows; i += threads) {
+        const int at = first_row + i;
+        int place = -1;
+        if (at < of.pixels) {
+            if (of.flat != 0) {
+                place = at * of.outputs;
+            } else {
+                const Pixel pixel(of, at);
+                place = of.y_start + pixel.image * of.y_image + pixel.row * of.y_row + pixel.column * of.y_column;
+            }
+        }
+        places[i] = place;
+    }
+
+    // The rows that this thread fetches: pixels and output channels, one vector of k of each.
+    const int fetch_row = threadIdx.x / kRowVectors, vector = threadIdx.x % kRowVectors;
+    int x_at[x_count], w_at[w_count];
+    unsigned taps[x_count];
+#pragma unroll
+    for (int i = 0; i < x_count; ++i) {
+        const int at = first_row + fetch_row + i * step;
+        x_at[i] = 0;
+        taps[i] = 0;
+        if (at < of.pixels) {
+            if (of.flat != 0) {
+                x_at[i] = at * of.channels;
+                taps[i] = 0x10001u;
+            } else {
+                const Pixel pixel(of, at);
+                const int row = pixel.row * of.stride[0] + of.origin[0];
+                const int column = pixel.column * of.stride[1] + of.origin[1];
+                x_at[i] = ((pixel.image * of.x_rows + row) * of.x_columns + column) * of.channels;
+                taps[i] = inside(row, of.taps[0], of.x_rows) | inside(column, of.taps[1], of.x_columns) << 16;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < w_count; ++i) {
+        const int o = first_column + fetch_row + i * step;
+        w_at[i] = o < of.outputs ? of.w_start + o * of.w_output : -1;
+    }
+
+    const int terms = of.taps[0] * of.taps[1] * of.channels;
+    int k = vector * n, row = 0, column = 0, channel = k;
+    auto wrap = [&] {
+        while (channel >= of.channels) {
+            channel -= of.channels;
+            if (++column == of.taps[1]) {
+                column = 0;
+                ++row;
+            }
+        }
+    };
+    wrap();
+    const int fetched = hold(fetch_row * kRowBytes + (vector ^ (fetch_row / 2 % 4)) * 16);
+    auto fetch = [&](int stage) {
+        unsigned char* to = shared + stage * stage_bytes + fetched;
+        const int x_tap = (row * of.x_columns + column) * of.channels + channel;
+        const int w_tap = row * of.w_row + column * of.w_column + channel;
+#pragma unroll
+        for (int i = 0; i < x_count; ++i) {
+            // Behind the last row of taps there is no bit.
+            const unsigned valid = taps[i] >> row & taps[i] >> (16 + column) & 1u;
+            cp_async<16>(to + i * step * kRowBytes, x + (x_at[i] + x_tap), static_cast<int>(valid * 16));
+        }
+        to += tile_rows * kRowBytes;
+#pragma unroll
+        for (int i = 0; i < w_count; ++i) {
+            const bool valid = w_at[i] >= 0 && k < terms;
+            cp_async<16>(to + i * step * kRowBytes, w + (w_at[i] + w_tap), valid ? 16 : 0);
+        }
+        k += depth;
+        channel += depth;
+        wrap();
+    };
+
+    const int warp = threadIdx.x / 32;
+    const int warp_row = warp / ColumnWarps * Sums::kTileRows;
+    const int warp_column = warp % ColumnWarps * Sums::kTileColumns;
+    const typename Sums::Reader reader(warp_row, tile_rows + warp_column);
+    Sums sums = {};
+    const int steps = (terms + depth - 1) / depth;
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+        if (stage < steps) fetch(stage);
+        cp_async_commit();
+    }
+    int stage = 0;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        // Into the stage that all have left.
+        if (i + kStages - 1 < steps) fetch(stage == 0 ? kStages - 1 : stage - 1);
+        cp_async_commit();
+        sums.add(shared + stage * stage_bytes, reader);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+
+    if (bias != nullptr) {
+#pragma unroll
+        for (int j = 0; j < Sums::kColumns; ++j) {
+            const int o = first_column + warp_column + Sums::column(j);
+            const float b = o < of.outputs ? bias[o] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < Sums::kRows; ++i) sums.at(i, j) += b;
+        }
+    }
+    if (activation == kRelu) for_each(sums, [](float& y) { y = activate(y, kRelu); });
+    if (activation == kSilu) for_each(sums, [](float& y) { y = activate(y, kSilu); });
+    if (statistics != nullptr) {
+        const int first = first_row + warp_row;
+        store_statistics(sums, static_cast<Vector<float, 2>*>(statistics), min(of.pixels - first, Sums::kTileRows),
+                         first / Sums::kTileRows, first_column + warp_column, of.outputs);
+    }
+
+    constexpr int pitch = tile_columns + n;
+    static_assert(tile_rows * pitch * sizeof(T) <= kStages * stage_bytes, "the tile fits into the ring");
+    T* const staged = reinterpret_cast<T*>(shared);
+#pragma unroll
+    for (int i = 0; i < Sums::kRows; ++i) {
+        T* const to = staged + (warp_row + Sums::row(i)) * pitch + warp_column;
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int j = 0; j < Sums::kColumns; j += 2) {
+                *reinterpret_cast<unsigned*>(to + Sums::column(j)) = pack_bf16(sums.at(i, j), sums.at(i, j + 1));
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < Sums::kColumns; ++j) to[Sums::column(j)] = sums.at(i, j);
+        }
+    }
+    __syncthreads();
+    if (of.outputs % n == 0) {
+        constexpr int vectors = tile_columns / n;
+#pragma unroll
+        for (int i = threadIdx.x; i < tile_rows * vectors; i += threads) {
+            const int at = i / vectors, o = i % vectors * n, place = places[at];
+            if (place >= 0 && first_column + o < of.outputs) {
+                *reinterpret_cast<Vector<unsigned, 4>*>(y + place + first_column + o) =
+                    *reinterpret_cast<const Vector<unsigned, 4>*>(staged + at * pitch + o);
+            }
+        }
+    } else {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < tile_rows * tile_columns; i += threads) {
+            const int at = i / tile_columns, o = i % tile_columns, place = places[at];
+            if (place >= 0 && first_column + o < of.outputs) y[place + first_column + o] = staged[at * pitch + o];
+        }
+    }
+}
+
+// y from x and w, weights in T's storage; tiles of `rows` × `columns`. bias: f32 or null; activation: Activation's.
+// statistics: null, or of pixels i·R .. of each output channel its mean and Σ (y − mean)², a Vector<float, 2> at
+// [i][output], R the rows of a warp. phases: the correlations that make up y, `phase_count` of them.
+// Grid: phase_count · ceil(most pixels / rows) · column_tiles blocks of `threads`, column_tiles =
+// ceil(outputs / columns). Dynamic shared memory: kStages · (rows + columns) · kRowBytes. x and w on multiples of
+// 16 bytes, and channels a multiple of kWidth; so for y if outputs is one. Kernels of at most 11×16 taps.
+#define CONV(name, T, where, threads, blocks, ...)                                                           \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
+        name(const T* x, const T* w, const float* bias, T* y, void* statistics, const Correlation* phases,   \
+             int phase_count, int column_tiles, int activation) {                                            \
+        where(correlate<T, __VA_ARGS__>(x, w, bias, y, statistics, phases, phase_count, column_tiles,        \
+                                        activation);)                                                        \
+    }
+CONV(conv_128x64_f32, float, ANYWHERE, 128, 3, FloatSums<8>, 4, 1)
+CONV(conv_128x32_f32, float, ANYWHERE, 64, 6, FloatSums<4>, 2, 1)
+CONV(conv_128x128_bf16, bf16, TENSOR_CORES, 256, 2, TensorSums<4, 2>, 2, 4)
+CONV(conv_128x64_bf16, bf16, TENSOR_CORES, 128, 3, TensorSums<4, 2>, 2, 2)
+CONV(conv_128x32_bf16, bf16, TENSOR_CORES, 128, 4, TensorSums<2, 2>, 4, 1)
+CONV(conv_64x64_bf16, bf16, TENSOR_CORES, 128, 4, TensorSums<2, 2>, 2, 2)
+
+// ---- Weight gradient ----
+
+// The part of dw that is due to the output pixels of piece blockIdx.y, as `of`, a convolution, has them.
+template <class T, class Sums, int RowWarps, int ColumnWarps>
+__device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* dw, const Correlation* problem,
+                                                int column_tiles, int piece) {
+    constexpr int n = kWidth<T>, depth = kRowBytes / sizeof(T), threads = 32 * RowWarps * ColumnWarps;
+    constexpr int tile_rows = RowWarps * Sums::kTileRows, tile_columns = ColumnWarps * Sums::kTileColumns;
+    constexpr int y_pitch = tile_rows * sizeof(T), x_pitch = tile_columns * sizeof(T);
+    constexpr int y_vectors = tile_rows / n, x_vectors = tile_columns / n;
+    constexpr int y_step = threads / y_vectors, x_step = threads / x_vectors;
+    constexpr int stage_bytes = depth * (y_pitch + x_pitch);
+    static_assert(y_step > 0 && x_step > 0 && depth % y_step == 0 && depth % x_step == 0, "whole rows");
+    DYNAMIC_SHARED(unsigned char, shared);
+    const Correlation of = *problem;
+    const int first_row = static_cast<int>(blockIdx.x / column_tiles) * tile_rows;
+    const int first_column = static_cast<int>(blockIdx.x % column_tiles) * tile_columns;
+    const int terms = of.taps[0] * of.taps[1] * of.channels;
+    const int begin = static_cast<int>(blockIdx.y) * piece, end = min(begin + piece, of.pixels);
+
+    // Each thread fetches one column of vectors of either operand.
+    const int y_row = threadIdx.x / y_vectors, y_vector = threadIdx.x % y_vectors;
+    const int x_row = threadIdx.x / x_vectors, x_vector = threadIdx.x % x_vectors;
+    const int o = first_row + y_vector * n, k = first_column + x_vector * n;
+    const bool has_output = o < of.outputs, has_term = k < terms;
+    const int tap = k / of.channels, tap_row = tap / of.taps[1];
+    const int top = of.origin[0] + tap_row, left = of.origin[1] + tap - tap_row * of.taps[1];
+    const int channel = k - tap * of.channels;
+    auto swizzled = [](int row, int vector) { return sizeof(T) == 2 ? vector ^ (row % 8) : vector; };
+    auto fetch = [&](int stage, int first) {
+        unsigned char* to = shared + stage * stage_bytes;
+#pragma unroll
+        for (int i = 0; i < depth / y_step; ++i) {
+            const int row = y_row + i * y_step, at = first + row;
+            const bool valid = has_output && at < end;
+            cp_async<16>(to + row * y_pitch + swizzled(row, y_vector) * 16, dy + (at * of.outputs + o),
+                         valid ? 16 : 0);
+        }
+        to += depth * y_pitch;
+#pragma unroll
+        for (int i = 0; i < depth / x_step; ++i) {
+            const int row = x_row + i * x_step, at = first + row;
+            bool valid = has_term && at < end;
+            int from = at * of.channels + channel;
+            if (of.flat == 0) {
+                const Pixel pixel(of, at);
+                const int y = pixel.row * of.stride[0] + top, z = pixel.column * of.stride[1] + left;
+                valid = valid && static_cast<unsigned>(y) < static_cast<unsigned>(of.x_rows) &&
+                        static_cast<unsigned>(z) < static_cast<unsigned>(of.x_columns);
+                from = ((pixel.image * of.x_rows + y) * of.x_columns + z) * of.channels + channel;
+            }
+            cp_async<16>(to + row * x_pitch + swizzled(row, x_vector) * 16, x + from, valid ? 16 : 0);
+        }
+    };
+
+    const int warp = threadIdx.x / 32;
+    const int warp_row = warp / ColumnWarps * Sums::kTileRows;
+    const int warp_column = warp % ColumnWarps * Sums::kTileColumns;
+    const typename Sums::template TransposedReader<depth, y_pitch, x_pitch> reader(warp_row, warp_column);
+    Sums sums = {};
+    int next = begin;
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage, next += depth) {
+        if (next < end) fetch(stage, next);
+        cp_async_commit();
+    }
+    int stage = 0;
+#pragma unroll 1
+    for (int at = begin; at < end; at += depth, next += depth) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        if (next < end) fetch(stage == 0 ? kStages - 1 : stage - 1, next);
+        cp_async_commit();
+        sums.add(shared + stage * stage_bytes, reader);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+
+    float* const part = dw + static_cast<size_t>(blockIdx.y) * of.outputs * terms;
+#pragma unroll
+    for (int i = 0; i < Sums::kRows; ++i) {
+        const int to_row = first_row + warp_row + Sums::row(i);
+        float* const to = part + static_cast<size_t>(to_row) * terms;
+#pragma unroll
+        for (int j = 0; j < Sums::kColumns; j += 2) {
+            const int to_column = first_column + warp_column + Sums::column(j);
+            if (to_row < of.outputs && to_column < terms) {
+                *reinterpret_cast<Vector<float, 2>*>(to + to_column) = {{sums.at(i, j), sums.at(i, j + 1)}};
+            }
+        }
+    }
+}
+
+// Of each piece of output pixels its part of dw, at dw + piece·outputs·terms; conv_add_pieces adds them.
+// Grid: (ceil(outputs / rows) · column_tiles, ceil(pixels / piece)) blocks, column_tiles = ceil(terms / columns),
+// terms = taps · channels. Dynamic shared memory: kStages · (rows + columns) · kRowBytes. x and dy on
+// multiples of 16 bytes, their channels multiples of kWidth.
+#define WEIGHT_GRADIENT(name, T, where, threads, blocks, ...)                                               \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                           \
+        name(const T* x, const T* dy, float* dw, const Correlation* problem, int column_tiles, int piece) { \
+        where(weight_gradient<T, __VA_ARGS__>(x, dy, dw, problem, column_tiles, piece);)                    \
+    }
+WEIGHT_GRADIENT(conv_weight_gradient_64x64_f32, float, ANYWHERE, 64, 6, FloatSums<8, true>, 2, 1)
+WEIGHT_GRADIENT(conv_weight_gradient_128x128_bf16, bf16, TENSOR_CORES, 256, 2, TensorSums<4, 2>, 2, 4)
+WEIGHT_GRADIENT(conv_weight_gradient_64x64_bf16, bf16, TENSOR_CORES, 128, 4, TensorSums<2, 2>, 2, 2)
+
+// ---- Copies with channels that fill vectors, and statistics ----
+
+constexpr int kThreads = 256;
+
+// Rows of `channels` as rows of `padded`, a multiple of kWidth, filled up with zeros; also from f32 to bf16.
+// vectors: of `to`. Grid: ceil(vectors / kThreads) blocks of kThreads; `to` on a multiple of 16 bytes.
+template <class From, class To>
+__device__ __forceinline__ void pad(const From* from, To* to, size_t vectors, int channels, int padded) {
+    constexpr int n = kWidth<To>;
+    const size_t i = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= vectors) return;
+    const Division row = divide(i, padded / n);
+    const int c = row.remainder * n;
+    from += row.quotient * channels + c;
+    float v[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) v[k] = c + k < channels ? to_float(from[k]) : 0.0f;
+    store_vector(to + i * n, v);
+}
+
+// to[c][tap][o] = from[o][tap][c] in T's storage, rows of `padded` outputs. Grid: (ceil(channels / 32),
+// ceil(padded / 32), taps) blocks of kThreads. Any alignment.
+template <class T>
+__device__ __forceinline__ void transpose_weights(const float* from, T* to, int outputs, int padded, int channels) {
+    SHARED(float, tile, 32, 33);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int c = blockIdx.x * 32, o = blockIdx.y * 32;
+    const size_t tap = blockIdx.z, taps = gridDim.z;
+#pragma unroll
+    for (int i = warp; i < 32; i += kThreads / 32) {
+        const bool valid = o + i < outputs && c + lane < channels;
+        tile[i][lane] = valid ? from[((o + i) * taps + tap) * channels + c + lane] : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = warp; i < 32; i += kThreads / 32) {
+        if (c + i < channels && o + lane < padded) {
+            to[((c + i) * taps + tap) * padded + o + lane] = from_float<T>(tile[lane][i]);
+        }
+    }
+}
+
+#define COPIES(T, suffix)                                                                              \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                             \
+        conv_pad_##suffix(const T* from, T* to, size_t vectors, int channels, int padded) {            \
+        pad(from, to, vectors, channels, padded);                                                      \
+    }                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                             \
+        conv_transpose_weights_##suffix(const float* from, T* to, int outputs, int padded,             \
+                                        int channels) {                                                \
+        transpose_weights(from, to, outputs, padded, channels);                                        \
+    }
+COPIES(float, f32)
+COPIES(bf16, bf16)
+extern "C" __global__ void __launch_bounds__(kThreads)
+conv_narrow_weights(const float* from, bf16* to, size_t vectors, int channels, int padded) {
+    pad(from, to, vectors, channels, padded);
+}
+
+// Of the statistics of groups of `rows` pixels (the last may be less), as `correlate` writes them, the sums
+// Σ y and Σ y² of a chunk of `chunk` groups: sums[chunk][output][2]. In f64, in which their difference later is as
+// good as what it comes from. Eight warps take every eighth group of 32 outputs.
+// Grid: (ceil(outputs / 32), chunks) blocks of kThreads.
+extern "C" __global__ void __launch_bounds__(kThreads)
+conv_statistics_sums(const void* statistics, double* sums, int groups, int outputs, int pixels, int rows, int chunk) {
+    constexpr int warps = kThreads / 32;
+    SHARED(double, parts, warps, 32, 2);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, o = blockIdx.x * 32 + lane;
+    const int begin = blockIdx.y * chunk, end = min(begin + chunk, groups);
+    double sum = 0.0, squares = 0.0;
+    if (o < outputs) {
+#pragma unroll 4
+        for (int group = begin + warp; group < end; group += warps) {
+            const Vector<float, 2> v =
+                static_cast<const Vector<float, 2>*>(statistics)[static_cast<size_t>(group) * outputs + o];
+            const double mean = v.at[0], total = mean * min(rows, pixels - group * rows);
+            sum += total;
+            squares += v.at[1] + total * mean;
+        }
+    }
+    parts[warp][lane][0] = sum;
+    parts[warp][lane][1] = squares;
+    __syncthreads();
+    if (warp == 0 && o < outputs) {
+#pragma unroll
+        for (int i = 1; i < warps; ++i) {
+            sum += parts[i][lane][0];
+            squares += parts[i][lane][1];
+        }
+        double* const to = sums + (static_cast<size_t>(blockIdx.y) * outputs + o) * 2;
+        to[0] = sum;
+        to[1] = squares;
+    }
+}
+
+// Mean and variance (over N, not N − 1) of each output channel from the sums of `chunks` chunks.
+// Grid: ceil(outputs / (kThreads / 32)) blocks of kThreads, a warp an output.
+extern "C" __global__ void __launch_bounds__(kThreads)
+conv_statistics_finish(const double* sums, float* mean, float* variance, int chunks, int outputs, int pixels) {
+    const int o = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+    if (o >= outputs) return;
+    const double sum = warp_sum(sums + 2 * o, chunks, 2 * outputs);
+    const double squares = warp_sum(sums + 2 * o + 1, chunks, 2 * outputs);
+    const double m = sum / pixels;
+    if (threadIdx.x % 32 == 0) {
+        mean[o] = static_cast<float>(m);
+        variance[o] = static_cast<float>(fmax(squares / pixels - m * m, 0.0));
+    }
+}
