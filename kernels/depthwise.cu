@@ -3,7 +3,7 @@
 //
 // The fast kernels serve kernels of 3×3 and 5×5, stride 1 and 2, the padding that keeps the extent, and channels
 // that are whole vectors of 16 bytes. Threads go along channels first, kAcross vectors side by side (128 bytes),
-// then along pixels. A thread computes kPixels neighbouring pixels of a row: what it reads of an input row serves
+// then along pixels. A thread computes some neighbouring pixels of a row: what it reads of an input row serves
 // all of them, and the weights of a tap, which a block keeps in shared memory in f32, are read once for them.
 // Rows of the input are read again for each row of the kernel, from the first-level cache: neighbouring rows
 // belong to the same block. The input gradient at stride 1 is the same correlation with the weights turned round;
@@ -16,20 +16,26 @@
 //     kernel                     multiply-adds   all   predicted, bf16 / f32
 //     depthwise_k3               72              INSTR
 //
-// The simple kernels, a thread for a channel and some pixels, serve everything else, and are what the fast ones
-// are compared with.
+// The simple kernels, a thread for a channel and some pixels, serve everything else and say most plainly what is
+// computed.
 #include "epilogue.cuh"
 
 constexpr int kThreads = 256;
-// Most vectors of a block along channels, and pixels of a thread along a row.
+// Most vectors of a block along channels.
 constexpr int kAcross = 8;
-constexpr int kPixels = 4;
 // Warps of a block that adds up pieces, each of which takes every so manieth piece.
 constexpr int kFinishWarps = 16;
 
 // Elements of a vector.
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
+
+// Pixels of a thread along a row: as many as the registers hold with the columns that they see.
+template <class T, int S>
+constexpr int kPixels = sizeof(T) == 2 && S == 2 ? 2 : 4;
+// Those of the weight gradient, which keeps the sums of a row of the kernel too.
+template <class T, int K>
+constexpr int kWeightPixels = sizeof(T) == 2 && K == 5 ? 2 : 4;
 
 // The extents of a convolution from x to y.
 struct Extents {
@@ -41,13 +47,18 @@ struct Extents {
 // A vector of a tensor, or zeros outside of it.
 template <class T>
 struct Pixel {
-    Vector<T, kWidth<T>> v;
+    Vector<unsigned, 4> words;
 
     __device__ __forceinline__ void load(const T* x, bool inside) {
-        v = {};
-        if (inside) v = *reinterpret_cast<const Vector<T, kWidth<T>>*>(x);
+        words = {};
+        if (inside) words = *reinterpret_cast<const Vector<unsigned, 4>*>(x);
     }
-    __device__ __forceinline__ float operator[](int i) const { return to_float(v.at[i]); }
+    // Of words, not of halves of them, which compilers would cut out first and then widen.
+    __device__ __forceinline__ float operator[](int i) const {
+        if (sizeof(T) == 4) return __uint_as_float(words.at[i]);
+        const unsigned word = words.at[i / 2];
+        return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    }
 };
 
 // The weights of a block's channels, in f32: those of tap and vector at [tap][part][vector][4], parts of four
@@ -83,7 +94,7 @@ struct Weights {
     }
 };
 
-// What a thread of a fast kernel computes of a tensor of `rows` × `columns`: kPixels columns of `deep` rows.
+// What a thread of a fast kernel computes of a tensor of `rows` × `columns`: `pixels` columns of `deep` rows.
 // Grid: pieces * strips blocks of kThreads; a piece is as many groups of such pixels as a block holds.
 struct Place {
     unsigned strip, piece, vector, channel;
@@ -91,17 +102,17 @@ struct Place {
     bool exists;
 
     __device__ __forceinline__ Place(unsigned channels, int images, int rows, int columns, unsigned across,
-                                     unsigned strips, int deep, int n) {
+                                     unsigned strips, int deep, int pixels, int n) {
         strip = blockIdx.x % strips;
         piece = blockIdx.x / strips;
         vector = threadIdx.x % across;
         channel = (strip * across + vector) * n;
         const unsigned groups = kThreads / across, group = threadIdx.x / across;
-        const unsigned along = (columns + kPixels - 1) / kPixels, down = (rows + deep - 1) / deep;
+        const unsigned along = (columns + pixels - 1) / pixels, down = (rows + deep - 1) / deep;
         const unsigned at = piece * groups + group;
         image = static_cast<int>(at / along / down);
         row = static_cast<int>(at / along % down) * deep;
-        column = static_cast<int>(at % along) * kPixels;
+        column = static_cast<int>(at % along) * pixels;
         exists = group < groups && channel < channels && image < images;
     }
 };
@@ -112,16 +123,17 @@ template <class T, int K, int S, bool kStatistics>
 __device__ __forceinline__ void correlate(const T* x, const float* w, const float* bias, T* y, float* partials,
                                           float* counts, const Extents& e, unsigned across, unsigned strips,
                                           int deep, bool flip, int activation) {
-    constexpr int n = kWidth<T>, kColumns = (kPixels - 1) * S + K;
+    constexpr int n = kWidth<T>, P = kPixels<T, S>, kColumns = (P - 1) * S + K;
     using W = Weights<T, K>;
     SHARED(float, shared, W::kSize);
-    const Place place(e.channels, e.images, e.rows, e.columns, across, strips, deep, n);
+    const Place place(e.channels, e.images, e.rows, e.columns, across, strips, deep, P, n);
     const W weights(&shared[0], w, place.strip * across * n, e.channels, across, flip);
-    Statistics<n> statistics;
+    SHARED(float, slots, 3, kStatistics ? kThreads * (n + 1) : 1);
+    if constexpr (kStatistics) Statistics<n>().store(slots, threadIdx.x);
     const int last = place.exists ? min(place.row + deep, e.rows) : 0;
 #pragma unroll 1
     for (int row = place.row; row < last; ++row) {
-        float sums[kPixels][n] = {};
+        float sums[P][n] = {};
         const int top = row * S - K / 2, left = place.column * S - K / 2;
 #pragma unroll 1
         for (int r = 0; r < K; ++r) {
@@ -139,7 +151,7 @@ __device__ __forceinline__ void correlate(const T* x, const float* w, const floa
                 float tap[n];
                 weights.load(r * K + s, place.vector, tap);
 #pragma unroll
-                for (int k = 0; k < kPixels; ++k) {
+                for (int k = 0; k < P; ++k) {
 #pragma unroll
                     for (int i = 0; i < n; ++i) sums[k][i] = fmaf(pixels[k * S + s][i], tap[i], sums[k][i]);
                 }
@@ -149,7 +161,7 @@ __device__ __forceinline__ void correlate(const T* x, const float* w, const floa
             const Loaded<float, n> b(bias + place.channel);
             with_activation(activation, [&](auto a) {
 #pragma unroll
-                for (int k = 0; k < kPixels; ++k) {
+                for (int k = 0; k < P; ++k) {
 #pragma unroll
                     for (int i = 0; i < n; ++i) sums[k][i] = a.apply(sums[k][i] + b[i]);
                 }
@@ -157,28 +169,29 @@ __device__ __forceinline__ void correlate(const T* x, const float* w, const floa
         }
         T* to = y + (static_cast<size_t>(place.image * e.rows + row) * e.columns + place.column) * e.channels +
                 place.channel;
-        const bool whole = place.column + kPixels <= e.columns;
+        const bool whole = place.column + P <= e.columns;
 #pragma unroll
-        for (int k = 0; k < kPixels; ++k) {
+        for (int k = 0; k < P; ++k) {
             if (whole || place.column + k < e.columns) {
                 store_vector(to + static_cast<size_t>(k) * e.channels, sums[k]);
             }
         }
         if constexpr (kStatistics) {
-            static_assert(kPixels == 4, "as many as add_four takes");
-            if (whole) {
-                statistics.add_four([&](int k, int i) { return sums[k][i]; });
+            // They wait in shared memory: registers are short while pixels are added up.
+            Statistics<n> statistics;
+            statistics.load(slots, threadIdx.x);
+            if (P == 4 && whole) {
+                statistics.add_four([&](int k, int i) { return sums[k % P][i]; });
             } else {
 #pragma unroll
-                for (int k = 0; k < kPixels - 1; ++k) {
+                for (int k = 0; k < P; ++k) {
                     if (place.column + k < e.columns) statistics.add([&](int i) { return sums[k][i]; });
                 }
             }
+            statistics.store(slots, threadIdx.x);
         }
     }
     if constexpr (kStatistics) {
-        SHARED(float, slots, 3, kThreads * (n + 1));
-        statistics.store(slots, threadIdx.x);
         const unsigned width = across * n;
         fold<kThreads, n>(slots, kThreads / across * width, width, MergeStatistics{},
                           [&](unsigned column, const float (&a)[3]) {
@@ -231,18 +244,18 @@ FOR_EACH_TYPE(FOR_DEPTHWISE_STATISTICS)
 template <class T, int K>
 __device__ __forceinline__ void input_gradient(const T* dy, const float* w, T* dx, const Extents& e,
                                                unsigned across, unsigned strips, int deep) {
-    constexpr int n = kWidth<T>, kParity = K / 2 % 2;
-    // The columns of dy that the kPixels columns of dx see, from that of the first on.
-    constexpr int kFirst = -((K - 1 - kParity) / 2), kColumns = (kPixels - 1 + kParity) / 2 - kFirst + 1;
+    constexpr int n = kWidth<T>, P = 4, kParity = K / 2 % 2;
+    // The columns of dy that the P columns of dx see, from that of the first on.
+    constexpr int kFirst = -((K - 1 - kParity) / 2), kColumns = (P - 1 + kParity) / 2 - kFirst + 1;
     using W = Weights<T, K>;
     SHARED(float, shared, W::kSize);
-    const Place place(e.channels, e.images, e.height, e.width, across, strips, deep, n);
+    const Place place(e.channels, e.images, e.height, e.width, across, strips, deep, P, n);
     const W weights(&shared[0], w, place.strip * across * n, e.channels, across, false);
     const int last = place.exists ? min(place.row + deep, e.height) : 0;
     const int left = (place.column + K / 2 - kParity) / 2 + kFirst;
 #pragma unroll 1
     for (int row = place.row; row < last; ++row) {
-        float sums[kPixels][n] = {};
+        float sums[P][n] = {};
 #pragma unroll 1
         for (int r = (row + K / 2) % 2; r < K; r += 2) {
             const int line = (row + K / 2 - r) / 2;
@@ -260,7 +273,7 @@ __device__ __forceinline__ void input_gradient(const T* dy, const float* w, T* d
                 float tap[n];
                 weights.load(r * K + s, place.vector, tap);
 #pragma unroll
-                for (int k = 0; k < kPixels; ++k) {
+                for (int k = 0; k < P; ++k) {
                     // Offsets are taken from an even number, so that none is negative.
                     constexpr int kEven = 2 * K;
                     if ((k + kParity - s + kEven) % 2 != 0) continue;
@@ -273,7 +286,7 @@ __device__ __forceinline__ void input_gradient(const T* dy, const float* w, T* d
         T* to = dx + (static_cast<size_t>(place.image * e.height + row) * e.width + place.column) * e.channels +
                 place.channel;
 #pragma unroll
-        for (int k = 0; k < kPixels; ++k) {
+        for (int k = 0; k < P; ++k) {
             if (place.column + k < e.width) store_vector(to + static_cast<size_t>(k) * e.channels, sums[k]);
         }
     }
@@ -297,7 +310,7 @@ FOR_EACH_TYPE(FOR_INPUT_GRADIENT)
 template <class T, int K, int S>
 __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* partials, const Extents& e,
                                                 unsigned across, unsigned strips, int lines) {
-    constexpr int n = kWidth<T>, kColumns = (kPixels - 1) * S + K;
+    constexpr int n = kWidth<T>, P = kWeightPixels<T, K>, kColumns = (P - 1) * S + K;
     SHARED(float, slots, 1, kThreads * (n + 1));
     const unsigned strip = blockIdx.x % strips, piece = blockIdx.x / strips;
     const unsigned vector = threadIdx.x % across, r = threadIdx.x / across % K;
@@ -314,11 +327,11 @@ __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* 
             const T* from = x + static_cast<size_t>(image * e.height + row) * e.width * e.channels + channel;
             const T* slopes = dy + static_cast<size_t>(line) * e.columns * e.channels + channel;
 #pragma unroll 1
-            for (int column = 0; column < e.columns; column += kPixels) {
+            for (int column = 0; column < e.columns; column += P) {
                 const int left = column * S - K / 2;
-                Pixel<T> pixels[kColumns], slope[kPixels];
+                Pixel<T> pixels[kColumns], slope[P];
 #pragma unroll
-                for (int k = 0; k < kPixels; ++k) {
+                for (int k = 0; k < P; ++k) {
                     slope[k].load(slopes + static_cast<size_t>(column + k) * e.channels, column + k < e.columns);
                 }
 #pragma unroll
@@ -327,7 +340,7 @@ __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* 
                     pixels[k].load(from + (static_cast<long long>(left) + k) * e.channels, inside);
                 }
 #pragma unroll
-                for (int k = 0; k < kPixels; ++k) {
+                for (int k = 0; k < P; ++k) {
 #pragma unroll
                     for (int s = 0; s < K; ++s) {
 #pragma unroll
@@ -513,8 +526,8 @@ __device__ __forceinline__ void simple_input_gradient(const T* dy, const float* 
 FOR_EACH_TYPE(SIMPLE_INPUT_GRADIENT)
 
 // partials[piece][tap][channel] for the pixels of a piece of y. Grid: taps * pieces * strips blocks.
-template <class T>
-__device__ __forceinline__ void simple_weight_gradient(const T* x, const T* dy, float* partials, const Extents& e,
+template <class T, class D>
+__device__ __forceinline__ void simple_weight_gradient(const T* x, const D* dy, float* partials, const Extents& e,
                                                        const Kernel& kernel, unsigned across, unsigned strips,
                                                        unsigned pixels) {
     SHARED(float, slots, 1, kThreads * 2);
@@ -543,10 +556,16 @@ __device__ __forceinline__ void simple_weight_gradient(const T* x, const T* dy, 
 }
 #define SIMPLE_WEIGHT_GRADIENT(T, suffix)                                                        \
     extern "C" __global__ void __launch_bounds__(kThreads)                                       \
-        depthwise_weight_gradient_simple_##suffix(const T* x, const T* dy, float* partials,      \
-                                                  EXTENTS_PARAMETERS, KERNEL_PARAMETERS,         \
-                                                  unsigned across, unsigned strips,              \
-                                                  unsigned pixels) {                             \
-        simple_weight_gradient(x, dy, partials, EXTENTS, KERNEL, across, strips, pixels);        \
+        depthwise_weight_gradient_simple_##suffix(const T* x, const void* dy, int dy_narrow,     \
+                                                  float* partials, EXTENTS_PARAMETERS,           \
+                                                  KERNEL_PARAMETERS, unsigned across,            \
+                                                  unsigned strips, unsigned pixels) {            \
+        if (dy_narrow != 0) {                                                                    \
+            simple_weight_gradient(x, static_cast<const bf16*>(dy), partials, EXTENTS, KERNEL,   \
+                                   across, strips, pixels);                                      \
+        } else {                                                                                 \
+            simple_weight_gradient(x, static_cast<const float*>(dy), partials, EXTENTS, KERNEL,  \
+                                   across, strips, pixels);                                      \
+        }                                                                                        \
     }
 FOR_EACH_TYPE(SIMPLE_WEIGHT_GRADIENT)

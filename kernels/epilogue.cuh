@@ -131,6 +131,16 @@ struct Statistics {
         }
         seen += 4.0f;
     }
+    // Takes them from there again: volatile, or compilers keep them in registers after all.
+    template <int Size>
+    __device__ __forceinline__ void load(const volatile float (&slots)[3][Size], unsigned thread) {
+        seen = slots[0][thread * (n + 1)];
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            mean[i] = slots[1][thread * (n + 1) + i];
+            squares[i] = slots[2][thread * (n + 1) + i];
+        }
+    }
     // Puts them where `fold` finds those of a thread.
     template <int Size>
     __device__ __forceinline__ void store(float (&slots)[3][Size], unsigned thread) const {

@@ -341,6 +341,13 @@ __device__ __forceinline__ void gradient_sums(const T* x, const D* dy, const Aff
 #pragma unroll 1
     for (; at < tile.end; at += stride) {
         const int width = tile.width(at);
+        if (whole && width == n) {
+            const Loaded<T, n> v(x + at);
+            const Loaded<D, n> w(dy + at);
+#pragma unroll
+            for (int i = 0; i < n; ++i) include(v[i], w[i], i);
+            continue;
+        }
 #pragma unroll
         for (int i = 0; i < n; ++i) {
             if (i < width) include(to_float(x[at + i]), to_float(dy[at + i]), i);
@@ -372,7 +379,7 @@ __device__ __forceinline__ void partial_gradient_sums(const T* x, const void* dy
     store_partials(slots, partials, walk, tile, Add{});
 }
 #define GRADIENT_SUMS(T, suffix)                                                                 \
-    extern "C" __global__ void __launch_bounds__(kThreads, 3)                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)                                    \
         norm_gradient_sums_##suffix(const T* x, const void* dy, int dy_narrow, float* partials,  \
                                     AFFINE_PARAMETERS, WALK_PARAMETERS) {                        \
         partial_gradient_sums(x, dy, dy_narrow, partials, AFFINE, activation, WALK);             \
@@ -521,3 +528,273 @@ __device__ __forceinline__ void gradient(const T* x, const D* dy, const float* c
         });                                                                                      \
     }
 FOR_EACH_TYPE(GRADIENT)
+
+// ---- Layer normalisation: over the channels of each pixel ----
+//
+// Some lanes of a warp, a power of two, have a row of x and go along it as often as they need, the second and
+// third time in the first-level cache. The gradient makes three passes over x and dy: for the statistics and means
+// of each row, for the columns' sums, which are walked in tiles as above, and for dx, which may overwrite dy.
+//
+//     layer_norm                 8 / 4     layer_norm_rows          8 / 4
+//     layer_norm_gradient        12 / 6    layer_norm_gradient_sums 8 / 4
+
+// A lane's part of a row of `channels` elements: n at a time, lanes * n apart. Grid: ceil(rows / (kThreads / lanes))
+// blocks of kThreads. Lanes without a row take part in the sums.
+struct Lanes {
+    size_t row;
+    unsigned lane, lanes, channels;
+    bool exists;
+
+    __device__ __forceinline__ Lanes(size_t rows, unsigned channels, unsigned lanes)
+        : row(blockIdx.x * static_cast<size_t>(kThreads / lanes) + threadIdx.x / lanes),
+          lane(threadIdx.x % lanes), lanes(lanes), channels(channels), exists(row < rows) {}
+
+    // Σ f(channel) over the row, in all of its lanes; f adds n elements from a channel on.
+    template <int n, class F>
+    __device__ __forceinline__ float sum(F f) const {
+        float sum = 0.0f;
+        if (exists) {
+            for (unsigned channel = lane * n; channel < channels; channel += lanes * n) f(channel, sum);
+        }
+        for (unsigned offset = lanes / 2; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(kFullWarp, sum, static_cast<int>(offset));
+        }
+        return sum;
+    }
+};
+
+// Mean and 1/√(σ² + ε) of a row.
+struct Moments {
+    float mean, rstd;
+};
+template <int n, class T>
+__device__ __forceinline__ Moments row_moments(const T* from, const Lanes& of, float eps) {
+    const float count = static_cast<float>(of.channels);
+    const float mean = of.sum<n>([&](unsigned channel, float& sum) {
+        const Loaded<T, n> v(from + channel);
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum += v[i];
+    }) / count;
+    const float squares = of.sum<n>([&](unsigned channel, float& sum) {
+        const Loaded<T, n> v(from + channel);
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum = fmaf(v[i] - mean, v[i] - mean, sum);
+    });
+    return {mean, rsqrtf(squares / count + eps)};
+}
+
+template <int n, class T>
+__device__ __forceinline__ void store_some(T* y, const float (&v)[n]) {
+    if constexpr (n == kWidth<T>) {
+        store_vector(y, v);
+    } else {
+        static_assert(n == 1, "a vector or an element");
+        *y = from_float<T>(v[0]);
+    }
+}
+
+template <int n, class T>
+__device__ __forceinline__ void layer_norm(const T* x, T* y, const float* gamma, const float* beta, float eps,
+                                           const Lanes& of) {
+    const T* from = x + of.row * of.channels;
+    const Moments row = row_moments<n>(from, of, eps);
+    if (!of.exists) return;
+    for (unsigned channel = of.lane * n; channel < of.channels; channel += of.lanes * n) {
+        const Loaded<T, n> v(from + channel);
+        const Loaded<float, n> scale(gamma + channel), shift(beta + channel);
+        float r[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) r[i] = fmaf(v[i] - row.mean, scale[i] * row.rstd, shift[i]);
+        store_some<n>(y + of.row * of.channels + channel, r);
+    }
+}
+
+// y = γ·x̂ + β; y may be x. Grid as for `Lanes`; any alignment.
+#define LAYER_NORM(T, suffix)                                                                    \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        layer_norm_##suffix(const T* x, T* y, const float* gamma, const float* beta, float eps,  \
+                            size_t rows, unsigned channels, unsigned lanes) {                    \
+        const Lanes of(rows, channels, lanes);                                                   \
+        const bool whole = channels % kWidth<T> == 0 && is_aligned<16>(x) && is_aligned<16>(y) && \
+                           is_aligned<16>(gamma) && is_aligned<16>(beta);                        \
+        if (whole) {                                                                             \
+            layer_norm<kWidth<T>>(x, y, gamma, beta, eps, of);                                   \
+        } else {                                                                                 \
+            layer_norm<1>(x, y, gamma, beta, eps, of);                                           \
+        }                                                                                        \
+    }
+FOR_EACH_TYPE(LAYER_NORM)
+
+template <int n, class T, class D>
+__device__ __forceinline__ void layer_norm_rows(const T* x, const D* dy, const float* gamma, float* moments,
+                                                float eps, const Lanes& of) {
+    const T* from = x + of.row * of.channels;
+    const D* slopes = dy + of.row * of.channels;
+    const Moments row = row_moments<n>(from, of, eps);
+    const float of_g = of.sum<n>([&](unsigned channel, float& sum) {
+        const Loaded<D, n> w(slopes + channel);
+        const Loaded<float, n> scale(gamma + channel);
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum = fmaf(w[i], scale[i], sum);
+    });
+    const float of_gx = of.sum<n>([&](unsigned channel, float& sum) {
+        const Loaded<T, n> v(from + channel);
+        const Loaded<D, n> w(slopes + channel);
+        const Loaded<float, n> scale(gamma + channel);
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum = fmaf(w[i] * scale[i], (v[i] - row.mean) * row.rstd, sum);
+    });
+    if (!of.exists || of.lane != 0) return;
+    const float count = static_cast<float>(of.channels);
+    *reinterpret_cast<Vector<float, 4>*>(moments + 4 * of.row) = {{row.mean, row.rstd, of_g / count,
+                                                                  of_gx / count}};
+}
+
+template <int n, class T, class D>
+__device__ __forceinline__ void layer_norm_gradient(const T* x, const D* dy, const float* gamma,
+                                                    const float* moments, T* dx, const Lanes& of) {
+    if (!of.exists) return;
+    const Loaded<float, 4> row(moments + 4 * of.row);
+    for (unsigned channel = of.lane * n; channel < of.channels; channel += of.lanes * n) {
+        const size_t at = of.row * of.channels + channel;
+        const Loaded<T, n> v(x + at);
+        const Loaded<D, n> w(dy + at);
+        const Loaded<float, n> scale(gamma + channel);
+        float r[n];
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const float normal = (v[i] - row[0]) * row[1];
+            r[i] = row[1] * (fmaf(w[i], scale[i], -row[2]) - normal * row[3]);
+        }
+        store_some<n>(dx + at, r);
+    }
+}
+
+// The type of dy and the width of a move, chosen when a kernel runs.
+#define WITH_TYPE_AND_WIDTH(function, T, ...)                                                    \
+    const Lanes of(rows, channels, lanes);                                                       \
+    const bool whole = channels % kWidth<T> == 0 && is_aligned<16>(x) && is_aligned<16>(dy) &&   \
+                       is_aligned<16>(gamma) && is_aligned<16>(dx);                              \
+    const auto *wide = static_cast<const float*>(dy);                                            \
+    const auto *narrow = static_cast<const bf16*>(dy);                                           \
+    if (whole && dy_narrow != 0) {                                                               \
+        function<kWidth<T>>(x, narrow, __VA_ARGS__);                                             \
+    } else if (whole) {                                                                          \
+        function<kWidth<T>>(x, wide, __VA_ARGS__);                                               \
+    } else if (dy_narrow != 0) {                                                                 \
+        function<1>(x, narrow, __VA_ARGS__);                                                     \
+    } else {                                                                                     \
+        function<1>(x, wide, __VA_ARGS__);                                                       \
+    }
+
+// moments[row] = mean, 1/√(var + eps), mean(γ·dy) and mean(γ·dy·x̂) of a row, a multiple of 16.
+// Grid as for `Lanes`; any alignment of the others.
+#define LAYER_NORM_ROWS(T, suffix)                                                               \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        layer_norm_rows_##suffix(const T* x, const void* dy, int dy_narrow, const float* gamma,  \
+                                 float* moments, float eps, size_t rows, unsigned channels,      \
+                                 unsigned lanes) {                                               \
+        const T* dx = x;                                                                         \
+        WITH_TYPE_AND_WIDTH(layer_norm_rows, T, gamma, moments, eps, of)                         \
+    }
+FOR_EACH_TYPE(LAYER_NORM_ROWS)
+
+// dx = (γ·dy − mean(γ·dy) − x̂·mean(γ·dy·x̂))/√(var + eps); dx may be dy if they are stored alike.
+// Grid as for `Lanes`; any alignment, 16 bytes of moments.
+#define LAYER_NORM_GRADIENT(T, suffix)                                                           \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
+        layer_norm_gradient_##suffix(const T* x, const void* dy, int dy_narrow,                  \
+                                     const float* gamma, const float* moments, T* dx,            \
+                                     size_t rows, unsigned channels, unsigned lanes) {           \
+        WITH_TYPE_AND_WIDTH(layer_norm_gradient, T, gamma, moments, dx, of)                      \
+    }
+FOR_EACH_TYPE(LAYER_NORM_GRADIENT)
+
+// Sums of a thread's columns.
+template <class T, class D>
+__device__ __forceinline__ void layer_sums(const T* x, const D* dy, const float* moments, const Walk& walk,
+                                           const Tile<kWidth<T>>& tile, float (&of_g)[kWidth<T>],
+                                           float (&of_gx)[kWidth<T>]) {
+    constexpr int n = kWidth<T>;
+    const bool whole = tile.is_whole(x, dy), single = walk.period == walk.channels;
+    size_t row = tile.at / walk.channels;
+    const size_t down = tile.stride / walk.channels;
+    if (tile.count == 0) return;
+    auto add = [&](int i, float value, float slope, float mean, float rstd) {
+        of_g[i] += slope;
+        of_gx[i] = fmaf(slope, (value - mean) * rstd, of_gx[i]);
+    };
+#pragma unroll 2
+    for (size_t at = tile.at; at < tile.end; at += tile.stride, row += down) {
+        const int width = tile.width(at);
+        if (whole && single && width == n) {
+            const Loaded<T, n> v(x + at);
+            const Loaded<D, n> w(dy + at);
+            const Loaded<float, 2> of(moments + 4 * row);
+#pragma unroll
+            for (int i = 0; i < n; ++i) add(i, v[i], w[i], of[0], of[1]);
+            continue;
+        }
+        size_t other = row;
+        unsigned channel = tile.column % walk.channels;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (i < width) {
+                add(i, to_float(x[at + i]), to_float(dy[at + i]), moments[4 * other], moments[4 * other + 1]);
+            }
+            if (++channel == walk.channels) {
+                channel = 0;
+                ++other;
+            }
+        }
+    }
+}
+
+// partials[piece][channel] = Σ dy and Σ dy·x̂ over the rows of a piece. Grid as for `Tile`, of one segment.
+#define LAYER_NORM_GRADIENT_SUMS(T, suffix)                                                      \
+    extern "C" __global__ void __launch_bounds__(kThreads, 3)                                    \
+        layer_norm_gradient_sums_##suffix(const T* x, const void* dy, int dy_narrow,             \
+                                          const float* moments, float* partials,                 \
+                                          WALK_PARAMETERS) {                                     \
+        layer_partials(x, dy, dy_narrow, moments, partials, WALK);                               \
+    }
+template <class T>
+__device__ __forceinline__ void layer_partials(const T* x, const void* dy, int dy_narrow, const float* moments,
+                                               float* partials, const Walk& walk) {
+    constexpr int n = kWidth<T>;
+    SHARED(float, slots, 2, kThreads * (n + 1));
+    const Tile<n> tile(walk);
+    float of_g[n] = {}, of_gx[n] = {};
+    if (dy_narrow != 0) {
+        layer_sums(x, static_cast<const bf16*>(dy), moments, walk, tile, of_g, of_gx);
+    } else {
+        layer_sums(x, static_cast<const float*>(dy), moments, walk, tile, of_g, of_gx);
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        slots[0][threadIdx.x * (n + 1) + i] = of_g[i];
+        slots[1][threadIdx.x * (n + 1) + i] = of_gx[i];
+    }
+    store_partials(slots, partials, walk, tile, Add{});
+}
+FOR_EACH_TYPE(LAYER_NORM_GRADIENT_SUMS)
+
+// dbeta and dgamma of a channel. Grid: channels blocks of kFinishThreads.
+extern "C" __global__ void __launch_bounds__(kFinishThreads)
+layer_norm_gradient_finish(const float* partials, float* dgamma, float* dbeta, unsigned channels,
+                           unsigned pieces) {
+    SHARED(double, scratch, 2, kFinishThreads / 32);
+    double of_g = 0.0, of_gx = 0.0;
+#pragma unroll 4
+    for (unsigned piece = threadIdx.x; piece < pieces; piece += kFinishThreads) {
+        const float* from = partial(partials, 0, pieces, piece, channels, blockIdx.x);
+        of_g += from[0];
+        of_gx += from[1];
+    }
+    of_g = block_reduce<kFinishThreads>(of_g, scratch[0], Sum{});
+    of_gx = block_reduce<kFinishThreads>(of_gx, scratch[1], Sum{});
+    if (threadIdx.x == 0) {
+        dbeta[blockIdx.x] = static_cast<float>(of_g);
+        dgamma[blockIdx.x] = static_cast<float>(of_gx);
+    }
+}

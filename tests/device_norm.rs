@@ -189,11 +189,14 @@ fn a_mean_far_from_zero_costs_no_accuracy() {
         ];
         for r in results {
             assert!(distance(&r.outputs[1], &r.exact[0][1]) < 1e-7, "mean");
-            assert!(distance(&r.outputs[2], &r.exact[0][2]) < 1e-6, "variance");
+            // Means of pieces are rounded to multiples of 6e-5; a rounded E[x²] alone is off by 0.03.
+            let variance = distance(&r.outputs[2], &r.exact[0][2]);
+            assert!(variance < 5e-6, "variance: {variance:e}");
             // The mean itself is rounded to a multiple of 6e-5.
             assert!(distance(&r.outputs[0], &r.exact[0][0]) < 5e-5, "y");
-            for (found, exact) in r.gradients.iter().zip(&r.exact[1]) {
-                assert!(distance(found, exact) < 5e-5, "gradient");
+            for (i, (found, exact)) in r.gradients.iter().zip(&r.exact[1]).enumerate() {
+                let error = distance(found, exact);
+                assert!(error < 1e-4, "gradient of input {i}: {error:e}");
             }
         }
     }
@@ -210,7 +213,9 @@ fn a_channel_of_one_value_has_no_variance() {
     };
     let r = replay(op, &inputs, &vec![1.0; shape.len()], [false; 2]);
     for (c, (mean, var)) in r.outputs[1].iter().zip(&r.outputs[2]).enumerate() {
-        assert_eq!([*mean, *var], [c as f32 * 123.456, 0.0]);
+        assert_eq!(*mean, c as f32 * 123.456);
+        // Pieces are added up in f64.
+        assert!(*var < 1e-20);
     }
     assert!(r.outputs[0].iter().all(|&y| y == 0.5));
     assert!(r.gradients[0].iter().all(|&dx| dx.abs() < 1e-4));

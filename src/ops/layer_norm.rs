@@ -1,5 +1,7 @@
 //! Layer normalisation (Ba, Kiros, Hinton 2016) over the channels of each pixel.
 
+mod device;
+
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -7,6 +9,7 @@ use rayon::prelude::*;
 use super::norm;
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
+use crate::device::gpu::launch::Launches;
 use crate::device::simd::{self, Lanes};
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -115,6 +118,9 @@ impl Op for LayerNorm {
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
         8 * inputs[0].len() as u64
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        device::forward(at, self.eps)
     }
     fn in_place(&self) -> Option<usize> {
         Some(0)
@@ -232,6 +238,16 @@ impl Op for LayerNormGradient {
     }
     fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         2 * inputs[1].c * inputs[1].rows().div_ceil(PIXELS)
+    }
+    /// `dx` is stored as `x`.
+    fn narrow(&self, output: usize, inputs: &[bool]) -> bool {
+        output == 0 && inputs[1]
+    }
+    fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        device::gradient_scratch(inputs[1])
+    }
+    fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+        device::gradient(at, self.eps)
     }
 }
 

@@ -146,7 +146,7 @@ impl Norm {
     }
 }
 
-pub(super) use device::launch_running_statistics;
+pub(super) use device::{FINISH_THREADS, Partials, THREADS, Walk, launch_running_statistics};
 
 /// Refuses to take the statistics of a batch with a single value per channel.
 pub(super) fn enough(op: &'static str, x: Shape) -> Result<()> {
@@ -321,35 +321,39 @@ pub(super) fn activation(s: &mut Sampler) -> Activation {
 pub(super) const STEP: f64 = 1e-4;
 
 /// Draws the inputs of a gradient check: `x`, `gamma`, `beta`, `mean`, `var` (the last two used by
-/// constant statistics only), such that no `u` comes close to the kink of ReLU. `x` holds numbers of bf16, so
-/// that it stays what it is where it is stored so.
+/// constant statistics only), such that no `u` comes close to the kink of ReLU, and not all `u` that pass it are
+/// differences of almost equal numbers. `x` holds numbers of bf16, so that it stays what it is where it is stored
+/// so.
 pub(super) fn draw(s: &mut Sampler, norm: Norm, shape: Shape) -> [Vec<f64>; 5] {
-    let offset = s.uniform(-2.0, 2.0);
-    let value = |s: &mut Sampler| {
-        let x = s.uniform(offset - 2.0, offset + 2.0);
-        half::bf16::from_f64(x).to_f64()
-    };
-    let groups = norm.statistics.shape(shape).len();
-    let mut drawn = [
-        (0..shape.len()).map(|_| value(s)).collect(),
-        s.values_off_zero(shape.c, 0.3, 1.5),
-        s.values(shape.c, -1.0, 1.0),
-        s.values(groups, offset - 1.0, offset + 1.0),
-        s.values(groups, 0.1, 2.0),
-    ];
     loop {
-        let [x, gamma, beta, mean, var] = &mut drawn;
+        let offset = s.uniform(-2.0, 2.0);
+        let value = |s: &mut Sampler| {
+            let x = s.uniform(offset - 2.0, offset + 2.0);
+            half::bf16::from_f64(x).to_f64()
+        };
+        let groups = norm.statistics.shape(shape).len();
+        let mut x: Vec<f64> = (0..shape.len()).map(|_| value(s)).collect();
+        let gamma = s.values_off_zero(shape.c, 0.3, 1.5);
+        let beta = s.values(shape.c, -1.0, 1.0);
+        let mean = s.values(groups, offset - 1.0, offset + 1.0);
+        let var = s.values(groups, 0.1, 2.0);
         let given = (norm.statistics == Statistics::Constant).then_some((&mean[..], &var[..]));
-        let [u, _, var] = reference(norm, shape, x, gamma, beta, given);
-        // What a step of the finite differences can move u by, with room to spare.
-        let rstd = var
-            .iter()
-            .fold(0.0f64, |m, v| m.max((v + norm.eps).sqrt().recip()));
-        let gap = 5.0 * STEP * rstd.max(1.0);
-        let close = x.iter_mut().zip(u).filter(|(_, u)| u.abs() < gap);
-        let redrawn = close.map(|(x, _)| *x = value(s)).count();
-        if norm.activation != Activation::Relu || redrawn == 0 {
-            return drawn;
+        loop {
+            let [u, _, var_of_x] = reference(norm, shape, &x, &gamma, &beta, given);
+            // What a step of the finite differences can move u by, with room to spare.
+            let rstd = var_of_x
+                .iter()
+                .fold(0.0f64, |m, v| m.max((v + norm.eps).sqrt().recip()));
+            let gap = 5.0 * STEP * rstd.max(1.0);
+            let relu = norm.activation == Activation::Relu;
+            if relu && !u.iter().any(|&u| u > 0.1) {
+                break;
+            }
+            let close = x.iter_mut().zip(&u).filter(|(_, u)| u.abs() < gap);
+            let redrawn = close.map(|(x, _)| *x = value(s)).count();
+            if !relu || redrawn == 0 {
+                return [x, gamma, beta, mean, var];
+            }
         }
     }
 }

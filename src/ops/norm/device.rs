@@ -7,8 +7,8 @@ use crate::ops::pointwise::{extent, gcd, width};
 use crate::tensor::Shape;
 
 /// Threads of a block, and of one that adds up pieces.
-const THREADS: usize = 256;
-const FINISH_THREADS: u32 = 128;
+pub(in crate::ops) const THREADS: usize = 256;
+pub(in crate::ops) const FINISH_THREADS: u32 = 128;
 /// Most vectors of a block along a row: together with the number of rows that are left for a block, this
 /// decides how many partial sums there are.
 const ACROSS: usize = 32;
@@ -20,7 +20,7 @@ const VECTORS: usize = 4;
 
 /// How a kernel walks down a matrix of the channels of all pixels of each segment.
 #[derive(Clone, Copy, Debug)]
-struct Walk {
+pub(in crate::ops) struct Walk {
     segments: usize,
     /// Elements of a segment.
     len: usize,
@@ -37,7 +37,7 @@ struct Walk {
 
 impl Walk {
     /// One that reduces, in vectors of `n` elements.
-    fn reducing(segments: usize, shape: Shape, n: usize) -> Self {
+    pub fn reducing(segments: usize, shape: Shape, n: usize) -> Self {
         let walk = Self::elementwise(segments, shape, n);
         let steps = walk.total() * walk.segments * walk.strips;
         walk.cut(steps.div_ceil(BLOCKS).max(STEPS))
@@ -85,15 +85,40 @@ impl Walk {
         }
     }
 
-    fn grid(&self) -> Grid {
+    pub fn grid(&self) -> Grid {
         let blocks = self.segments * self.pieces * self.strips;
         Grid::new(blocks, THREADS as u32)
     }
 
     /// Bytes of a pair of numbers for each channel of each piece.
-    fn partials(&self) -> usize {
+    pub fn partials(&self) -> usize {
         PAIR * self.segments * self.pieces * self.channels
     }
+
+    /// As the kernel of that name is told.
+    pub fn sizes(&self, kernel: &str) -> Result<Sizes> {
+        let int = |n| extent(kernel, n);
+        Ok(Sizes {
+            len: self.len as u64,
+            channels: int(self.channels)?,
+            period: int(self.period)?,
+            across: int(self.across)?,
+            strips: int(self.strips)?,
+            pieces: int(self.pieces)?,
+            steps: int(self.steps)?,
+        })
+    }
+}
+
+/// The sizes that kernels are told.
+pub(in crate::ops) struct Sizes {
+    pub len: u64,
+    pub channels: u32,
+    pub period: u32,
+    pub across: u32,
+    pub strips: u32,
+    pub pieces: u32,
+    pub steps: u32,
 }
 
 const PAIR: usize = 2 * size_of::<f32>();
@@ -145,28 +170,45 @@ kernel! {
     }
 }
 
-/// The sizes that kernels are told.
-struct Sizes {
-    len: u64,
-    channels: u32,
-    period: u32,
-    across: u32,
-    strips: u32,
-    pieces: u32,
-    steps: u32,
+/// Mean and sum of squared deviations of each channel of the pieces of a segment, `segments × pieces × channels`
+/// pairs of f32 that a kernel has left.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::ops) struct Partials {
+    pub partials: Pointer,
+    /// Rows of each piece as f32, null where all have `rows_of_piece` but the last.
+    pub counts: Pointer,
+    /// Rows of a segment.
+    pub rows: usize,
+    pub rows_of_piece: usize,
+    pub channels: usize,
+    /// Channels of a group.
+    pub width: usize,
+    pub pieces: usize,
 }
 
-fn sizes(name: &str, walk: &Walk) -> Result<Sizes> {
-    let int = |n| extent(name, n);
-    Ok(Sizes {
-        len: walk.len as u64,
-        channels: int(walk.channels)?,
-        period: int(walk.period)?,
-        across: int(walk.across)?,
-        strips: int(walk.strips)?,
-        pieces: int(walk.pieces)?,
-        steps: int(walk.steps)?,
-    })
+impl Partials {
+    /// Launches what makes mean and variance of each segment and group of them.
+    pub fn finish(
+        &self,
+        at: &mut Launches<'_>,
+        segments: usize,
+        [mean, var]: [Pointer; 2],
+    ) -> Result<()> {
+        let int = |n| extent("norm_statistics_finish", n);
+        let arguments = NormStatisticsFinish {
+            partials: self.partials.into(),
+            counts: self.counts.into(),
+            mean: mean.into(),
+            var: var.into(),
+            rows: self.rows as u64,
+            rows_of_piece: self.rows_of_piece as u64,
+            channels: int(self.channels)?,
+            width: int(self.width)?,
+            pieces: int(self.pieces)?,
+        };
+        let groups = segments * (self.channels / self.width);
+        at.launch(Grid::new(groups, FINISH_THREADS), &arguments)
+    }
 }
 
 impl Norm {
@@ -209,7 +251,7 @@ impl Norm {
             return Ok(());
         }
         let walk = self.reducing(shape, x.is_narrow());
-        let sizes = sizes("norm_statistics", &walk)?;
+        let sizes = walk.sizes("norm_statistics")?;
         let reduction = NormStatistics {
             x: x.into(),
             partials: partials.into(),
@@ -222,19 +264,16 @@ impl Norm {
             steps: sizes.steps,
         };
         at.launch(walk.grid(), &reduction)?;
-        let finish = NormStatisticsFinish {
-            partials: partials.into(),
-            counts: Pointer::NULL.into(),
-            mean: mean.into(),
-            var: var.into(),
-            rows: (walk.len / walk.channels) as u64,
-            rows_of_piece: (walk.steps * walk.step() / walk.channels) as u64,
-            channels: sizes.channels,
-            width: extent("norm_statistics_finish", self.width(shape))?,
-            pieces: sizes.pieces,
-        };
-        let groups = self.statistics.shape(shape).len();
-        at.launch(Grid::new(groups, FINISH_THREADS), &finish)
+        Partials {
+            partials,
+            counts: Pointer::NULL,
+            rows: walk.len / walk.channels,
+            rows_of_piece: walk.steps * walk.step() / walk.channels,
+            channels: walk.channels,
+            width: self.width(shape),
+            pieces: walk.pieces,
+        }
+        .finish(at, walk.segments, [mean, var])
     }
 
     /// Normalises input 0 with inputs 1 and 2, `gamma` and `beta`, and the given statistics into output 0.
@@ -249,7 +288,7 @@ impl Norm {
             return Ok(());
         }
         let walk = Walk::elementwise(self.segments(shape), shape, width(x.is_narrow()));
-        let sizes = sizes("normalize", &walk)?;
+        let sizes = walk.sizes("normalize")?;
         let arguments = NormalizeKernel {
             x: x.into(),
             y: at.output(0).into(),
@@ -289,7 +328,7 @@ impl Norm {
         }
         let segments = self.segments(shape);
         let walk = self.reducing(shape, x.is_narrow());
-        let reducing = sizes("norm_gradient_sums", &walk)?;
+        let reducing = walk.sizes("norm_gradient_sums")?;
         let (gamma, beta, mean, var) = (at.input(1), at.input(2), at.input(3), at.input(4));
         let (eps, activation) = (self.eps as f32, self.activation.number());
         let width_of_group = extent("norm_gradient", self.width(shape))?;
@@ -343,7 +382,7 @@ impl Norm {
         at.launch(Grid::new(shape.c + more, FINISH_THREADS), &finish)?;
 
         let walk = Walk::elementwise(segments, shape, width(x.is_narrow()));
-        let sizes = sizes("norm_gradient", &walk)?;
+        let sizes = walk.sizes("norm_gradient")?;
         let arguments = NormGradientKernel {
             x: x.into(),
             dy: dy.address(),
