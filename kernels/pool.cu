@@ -1,17 +1,11 @@
 // Maximum and average over windows, and bilinear upsampling by two, with their gradients.
 //
 // A thread computes one unit of one pixel: 16 bytes of channels, or one channel where they are not a multiple
-// of that. Neighbouring threads have neighbouring channels, so every access of a warp is of whole lines. What
-// several threads read comes from the first-level cache but once. All gradients gather: each element of dx is
-// written by the thread that adds it up.
+// of that. Neighbouring threads have neighbouring channels, so every access of a warp is of whole lines. Of what
+// several threads read, all but the first access is one of the first-level cache. All gradients gather: each
+// element of dx is written by the thread that adds it up.
 //
-//     kernel                            bytes of dx or x an element, f32 / bf16   of copy's bandwidth, predicted
-//     max_pool2d, 2×2                   5 / 2.5                                   95 %
-//     max_pool2d_gradient, 2×2          9 / 4.5                                   90 %
-//     avg_pool2d, 2×2, and its gradient 5 / 2.5                                   90 %
-//     upsample2x                        20 / 10                                   90 %: 9 loads of the cache for 4 stores
-//     upsample2x_gradient               20 / 10                                   85 %: 16 loads of the cache
-//     max_pool2d_gradient, 3×3 by 2     9 / 4.5                                   50 %: searches 2¼ windows an element
+// Shares of copy's bandwidth that are predicted: kernels/README.md.
 //
 // Parameters that all of them have: `count`, units in all; `units`, those of a pixel; `vector`, whether they
 // are of 16 bytes, which all addresses are then multiples of. Grid: ceil(count / kThreads) blocks of kThreads.
