@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::augment::{self, AugmentConfig, Light, RADIUS, TONES};
-use super::loader::{Request, Samples, Target};
+use super::loader::{Request, Samples};
 use crate::device::gpu::launch::{Full, Grid, Stored, kernel};
 use crate::device::gpu::{Gpu, Memory, Session};
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ pub struct Augmenter {
     seed: u64,
     size: usize,
     batch: usize,
-    targets: Vec<Target>,
+    /// Of each sample.
     light: Vec<Light>,
     /// Image and mask of each sample, interleaved by pixel.
     samples: Memory,
@@ -139,9 +139,9 @@ impl Augmenter {
         let memory = gpu.memory(samples.len() * pixels * size_of::<[u8; 2]>())?;
         let (mut image, mut mask) = (vec![0; pixels], vec![0; pixels]);
         let mut both = vec![[0u8; 2]; pixels];
-        let (mut targets, mut light) = (Vec::new(), Vec::new());
+        let mut light = Vec::new();
         for index in 0..samples.len() {
-            targets.push(samples.read(index, &mut image, &mut mask)?);
+            samples.read(index, &mut image, &mut mask)?;
             light.push(Light::of(&image));
             for (both, (&image, &mask)) in both.iter_mut().zip(image.iter().zip(&mask)) {
                 *both = [image, mask];
@@ -167,7 +167,6 @@ impl Augmenter {
             seed,
             size,
             batch,
-            targets,
             light,
             samples: memory,
             basis: table,
@@ -182,11 +181,6 @@ impl Augmenter {
             .map(Memory::bytes)
             .iter()
             .sum()
-    }
-
-    /// What the model should say of a sample; `None` if there is no such sample.
-    pub fn target(&self, index: usize) -> Option<Target> {
-        self.targets.get(index).copied()
     }
 
     /// Queues the making of the requested batch in two inputs of `session`, `images` and `masks` of N×S×S×1 with
@@ -211,7 +205,7 @@ impl Augmenter {
             let problem = format!("expected at most {n} samples, found {found}");
             return Err(Error::argument("batch", problem));
         }
-        let count = self.targets.len();
+        let count = self.light.len();
         if let Some(index) = request.indices.iter().find(|&&index| index >= count) {
             let problem = format!("expected a sample below {count}, found {index}");
             return Err(Error::argument("batch", problem));
