@@ -876,15 +876,12 @@ impl Material<'_> {
             &rows,
         );
         let base = Config::preset(self.manifest.plan.methods[0].config.preset);
-        let rows: Vec<Vec<String>> = self
+        let methods: Vec<String> = self
             .methods()
-            .map(|(_, method)| vec![method.name.clone(), changes(&base, &method.config)])
+            .map(|(_, method)| format!("{}: {}", method.name, changes(&base, &method.config)))
             .collect();
-        page.table(
-            "What each method has otherwise than its preset. The whole configuration is in study.toml.",
-            &["method", "settings"],
-            &rows,
-        );
+        page.paragraph("What each method has otherwise than its preset; study.toml has the whole configuration.")
+            .list(&methods);
         page.paragraph(&format!(
             "{}, device {}, {} instructions.",
             self.manifest.program,
