@@ -116,7 +116,7 @@ def whole_step(profile, pytorch, layers, summary):
             "network": network,
             "batch": batch,
             "size": side,
-            "seconds": ours["graph_seconds"],
+            "seconds": float(ours["graph_seconds"]),
             "least_seconds": sum(row["seconds"] * row["roofline"] for row in ours["rows"]),
             "launch_by_launch_seconds": ours["seconds"],
             "bytes": ours["arena_bytes"],
@@ -146,6 +146,21 @@ def whole_step(profile, pytorch, layers, summary):
         found["convolutions"] = sum(total[0]) / sum(total[1])
         found["wide_convolutions"] = sorted(wide)
     return found
+
+
+def operations(profile):
+    """Sums over the steps of each operation, slowest first."""
+    try:
+        sums = {}
+        for row in profile["profiles"][0]["rows"]:
+            found = sums.setdefault(row["operation"], dict.fromkeys(("steps", "seconds", "least_seconds", "bytes", "flops"), 0))
+            found["steps"] += 1
+            found["least_seconds"] += row["seconds"] * row["roofline"]
+            for key in ("seconds", "bytes", "flops"):
+                found[key] += row[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return dict(sorted(sums.items(), key=lambda item: -item[1]["seconds"]))
 
 
 def training(logs, steps):
@@ -264,7 +279,7 @@ def main():
         "profiles": profiles,
         "pytorch": pytorch,
         "training_steps": steps_found,
-        "training_step_profiles": {name: document(logs, name) for name in profiled},
+        "training_step_operations": {name: operations(document(logs, name)) for name in profiled},
         "convolutions": {name: document(logs, name.replace("step_", "conv_")) for name in profiled},
         "pytorch_steps": document(logs, "pytorch_step"),
         "training": run,

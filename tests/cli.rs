@@ -1177,6 +1177,61 @@ fn profile_measures_each_step() {
     }
 }
 
+#[test]
+fn profile_predicts_what_a_gpu_would_take() {
+    let folder = TempDir::new().unwrap();
+    let at = folder.path();
+    let small = ["--preset", "tiny", "--batch", "2", "--size", "16"];
+    let predict = |gpu: &str, dtype: &str| {
+        let args = [
+            "profile",
+            "--step",
+            "--predict",
+            gpu,
+            "--dtype",
+            dtype,
+            "--json",
+        ];
+        json(at, &[&args[..], &small].concat())
+    };
+    let (h100, h200, wide) = (
+        predict("h100", "bf16"),
+        predict("h200", "bf16"),
+        predict("h100", "f32"),
+    );
+    assert_eq!(
+        (&h100["predicted"], &h100["device"]),
+        (&"h100".into(), &Value::Null)
+    );
+    let bytes = |found: &Value| found["profiles"][0]["bytes"].as_u64().unwrap();
+    assert_eq!(bytes(&h100), bytes(&h200));
+    assert!(bytes(&h100) < bytes(&wide));
+    for row in h100["profiles"][0]["rows"].as_array().unwrap() {
+        // 3.35 TB/s, 989.4 TFLOP/s, and what a kernel takes at least.
+        let number = |key: &str| row[key].as_f64().unwrap();
+        let least = (number("bytes") / 3.35e12).max(number("flops") / 989.4e12);
+        assert!((number("seconds") - least.max(2e-6)).abs() < 1e-12, "{row}");
+    }
+    let text = done(
+        at,
+        &[&["profile", "--step", "--predict", "h200"], &small[..]].concat(),
+    );
+    assert!(
+        text.starts_with("predicted for h200: copy 4800.0 GB/s"),
+        "{text}"
+    );
+    let both = [
+        "profile",
+        "--op",
+        "add",
+        "--predict",
+        "h100",
+        "--device",
+        "cuda",
+    ];
+    assert_eq!(output(at, &both).status.code(), Some(2));
+}
+
 // ---- signals --------------------------------------------------------------------------------
 
 #[cfg(unix)]

@@ -54,7 +54,7 @@ fn unet() -> (Config, TrainingStep) {
 /// Every kind of block of the larger network: with and without expansion, strides 1 and 2, kernels of 3 and 5,
 /// residual and not, gates.
 fn attention() -> (Config, TrainingStep) {
-    let config = config("[4, 6, 8, 8, 8]");
+    let config = config("[3, 5]");
     let stage = |(expansion, kernel, stride, channels, blocks)| Stage {
         expansion,
         kernel,
@@ -568,7 +568,7 @@ fn a_step_behind_one_that_is_not_finite_changes_nothing() {
             all
         };
         feed(&mut *session, 1, false);
-        session.replay().unwrap();
+        assert_eq!(session.replay_checked().unwrap(), None);
         let before = learned(&*session);
         for (number, spoil) in [(2, true), (3, false)] {
             feed(&mut *session, number, spoil);
@@ -587,9 +587,6 @@ fn a_step_behind_one_that_is_not_finite_changes_nothing() {
         feed(&mut *session, 2, true);
         let name = session.replay_checked().unwrap().unwrap();
         assert!(name.starts_with("encoder.0.conv1"), "{name}");
-        session.write(step.halt, &[0.0]).unwrap();
-        feed(&mut *session, 3, false);
-        assert_eq!(session.replay_checked().unwrap(), None);
     }
 }
 

@@ -31,11 +31,12 @@ def layers(profile):
         if not depthwise and not name.startswith("conv2d"):
             continue
         kind = next((kind for kind in KINDS if name.endswith(kind)), "forward")
-        # The order of the operations' inputs: x, w; w, dy; x, dy.
+        # The order of the operations' inputs: x, w; w, dy (depthwise: dy, w); x, dy.
         if kind == "forward":
             x, w, y = row["inputs"][0], row["inputs"][1], row["outputs"][0]
         elif kind == "input_gradient":
-            x, w, y = row["outputs"][0], row["inputs"][0], row["inputs"][1]
+            w, y = reversed(row["inputs"]) if depthwise else row["inputs"]
+            x = row["outputs"][0]
         else:
             x, w, y = row["inputs"][0], row["outputs"][0], row["inputs"][1]
         groups = x[3] if depthwise else 1

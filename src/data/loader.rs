@@ -58,6 +58,11 @@ impl Pool {
         }
     }
 
+    /// What the model should say of sample `index`, which is there.
+    pub fn target(&self, index: usize) -> Target {
+        self.targets[index]
+    }
+
     /// Appends a sample: row-major `size`×`size` image and soft mask.
     ///
     /// # Errors

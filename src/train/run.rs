@@ -14,6 +14,7 @@ use super::evaluate::{examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
 use super::{Model, Report, pretrained, schedule, select, stop};
+use crate::data::device::Augmenter;
 use crate::data::image::write_atomically;
 use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
 use crate::data::split::{self, Fold};
@@ -392,7 +393,48 @@ struct Queued {
     number: u64,
     /// Images that count; the others fill the batch up.
     present: usize,
-    batch: Batch,
+    batch: Shown,
+}
+
+/// What the network is shown in a step.
+enum Shown {
+    /// A batch of the loader.
+    Made(Batch),
+    /// One that the device makes of the samples in its memory.
+    Requested(Request),
+}
+
+impl Shown {
+    /// Numbers of the images among those that are trained on.
+    fn indices(&self) -> &[usize] {
+        match self {
+            Self::Made(batch) => &batch.indices,
+            Self::Requested(request) => &request.indices,
+        }
+    }
+}
+
+/// Where the batches come from, in order.
+enum Batches {
+    Loader(Loader),
+    Requests(Box<dyn Iterator<Item = Request>>),
+}
+
+impl Batches {
+    fn next(&mut self) -> Result<Shown> {
+        const ENOUGH: &str = "as many batches as steps";
+        Ok(match self {
+            Self::Loader(loader) => Shown::Made(loader.next().expect(ENOUGH)?),
+            Self::Requests(requests) => Shown::Requested(requests.next().expect(ENOUGH)),
+        })
+    }
+
+    /// Takes back what is no longer needed.
+    fn recycle(&mut self, shown: Option<Shown>) {
+        if let (Self::Loader(loader), Some(Shown::Made(batch))) = (self, shown) {
+            loader.recycle(batch);
+        }
+    }
 }
 
 struct Run<'a> {
@@ -401,6 +443,8 @@ struct Run<'a> {
     config: Config,
     data: Data,
     pool: Arc<Pool>,
+    /// Makes the batches where a GPU trains; elsewhere a loader does.
+    augmenter: Option<Augmenter>,
     device: String,
     step: TrainingStep,
     session: Box<dyn Session<f32>>,
@@ -421,7 +465,13 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let step = TrainingStep::record(&config, data.prior.is_some())?;
         let mut session = backend.session(&step.tape)?;
-        if let Backend::Gpu { narrow, .. } = backend {
+        let pool = Arc::new(data.pool(config.size)?);
+        let mut augmenter = None;
+        if let Backend::Gpu { gpu, narrow } = backend {
+            let augment = Some(config.augment);
+            let made = Augmenter::new(gpu, &*pool, config.batch, config.seed, augment)?;
+            let bytes = 4 * session.plan().len() + made.bytes();
+            augmenter = Some(made);
             let stored = match (narrow, config.precision) {
                 (true, _) => "bf16",
                 (false, Precision::F32) => "f32",
@@ -430,7 +480,7 @@ impl<'a> Run<'a> {
             report.line(&format!(
                 "training on {}, activations in {stored}, {} MiB of its memory",
                 backend.name(),
-                (4 * session.plan().len()) >> 20
+                bytes >> 20
             ));
         }
         step.start(&mut *session, config.seed, data.prior.as_ref())?;
@@ -455,7 +505,8 @@ impl<'a> Run<'a> {
         Ok(Self {
             out,
             report,
-            pool: Arc::new(data.pool(config.size)?),
+            pool,
+            augmenter,
             model: Model::new(config.clone(), backend)?,
             device: backend.name(),
             config,
@@ -556,21 +607,23 @@ impl<'a> Run<'a> {
         let upcoming = (self.position.epoch..self.config.epochs)
             .flat_map(move |epoch| requests(seed, epoch, images, batch))
             .skip(self.position.step as usize);
-        let loader = LoaderConfig {
-            batch,
-            workers: self.config.workers,
-            ahead: AHEAD,
-            seed,
-            augment: Some(self.config.augment),
+        let mut batches = if self.augmenter.is_some() {
+            Batches::Requests(Box::new(upcoming))
+        } else {
+            let loader = LoaderConfig {
+                batch,
+                workers: self.config.workers,
+                ahead: AHEAD,
+                seed,
+                augment: Some(self.config.augment),
+            };
+            Batches::Loader(Loader::new(Arc::clone(&self.pool), loader, upcoming)?)
         };
-        let mut loader = Loader::new(Arc::clone(&self.pool), loader, upcoming)?;
         while !self.over() {
             let started = Instant::now();
             while self.position.step < self.per_epoch() {
-                let batch = loader.next().expect("as many batches as steps")?;
-                if let Some(batch) = self.queue(batch)? {
-                    loader.recycle(batch);
-                }
+                let done = self.queue(batches.next()?)?;
+                batches.recycle(done);
                 self.position.step += 1;
                 let done = self.position.epoch * self.per_epoch() + self.position.step;
                 let total = self.config.epochs * self.per_epoch();
@@ -586,9 +639,7 @@ impl<'a> Run<'a> {
                     return Err(Error::Interrupted);
                 }
             }
-            if let Some(batch) = self.settle()? {
-                loader.recycle(batch);
-            }
+            batches.recycle(self.settle()?);
             self.end_epoch(started)?;
         }
         Ok(())
@@ -596,7 +647,7 @@ impl<'a> Run<'a> {
 
     /// Queues one step; the batch of the step before is returned, whose results are read only then, so that a
     /// device never waits for its host.
-    fn queue(&mut self, batch: Batch) -> Result<Option<Batch>> {
+    fn queue(&mut self, batch: Shown) -> Result<Option<Shown>> {
         let Position { epoch, step, .. } = self.position;
         let images = self.data.fold.train.len() - step as usize * self.config.batch;
         let queued = Queued {
@@ -618,15 +669,25 @@ impl<'a> Run<'a> {
         let values = schedule::control(&self.config, *number, self.per_epoch());
         let weight = |i: usize| if i < step.present { 1.0 } else { 0.0 };
         let class = |label: f32| self.data.class_weights[usize::from(label > 0.5)];
-        let labels = batch.labels.data();
+        let label = |&index: &usize| self.pool.target(index).label;
+        let labels: Vec<f32> = batch.indices().iter().map(label).collect();
         let weights: Vec<f32> = (0..labels.len()).map(weight).collect();
         let classes = labels.iter().zip(&weights).map(|(&l, w)| w * class(l));
         let classes: Vec<f32> = classes.collect();
         let targets = &self.step.targets;
+        let pictures = [self.step.images, targets.masks];
+        match (batch, &mut self.augmenter, self.session.on_gpu()) {
+            (Shown::Requested(request), Some(augmenter), Some(session)) => {
+                augmenter.make(session, pictures, request)?;
+            }
+            (Shown::Made(batch), ..) => {
+                self.session.write(pictures[0], batch.images.data())?;
+                self.session.write(pictures[1], batch.masks.data())?;
+            }
+            _ => unreachable!("requests are for a GPU's augmenter"),
+        }
         for (var, values) in [
-            (self.step.images, batch.images.data()),
-            (targets.masks, batch.masks.data()),
-            (targets.labels, labels),
+            (targets.labels, &labels[..]),
             (targets.weights, &weights),
             (targets.class_weights, &classes),
             (targets.control, &values),
@@ -638,7 +699,7 @@ impl<'a> Run<'a> {
 
     /// Adds the losses of the step whose results are still to be read, if there is one, to the epoch's sums, and
     /// returns its batch.
-    fn settle(&mut self) -> Result<Option<Batch>> {
+    fn settle(&mut self) -> Result<Option<Shown>> {
         let Some(step) = self.queued.take() else {
             return Ok(None);
         };
@@ -669,7 +730,7 @@ impl<'a> Run<'a> {
         Ok(Error::NonFinite {
             step: step.number,
             tensor: tensor.unwrap_or_else(|| "an earlier step".to_owned()),
-            images: step.batch.indices.iter().map(name).collect(),
+            images: step.batch.indices().iter().map(name).collect(),
         })
     }
 
