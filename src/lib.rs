@@ -6,7 +6,7 @@
 //! # One sentence
 //!
 //! A training step is recorded once as a tape of hand-written operations, its memory is planned, and
-//! it is replayed on the processor; every operation carries its own hand-derived backward, checked
+//! it is replayed on the processor or a GPU; every operation carries its own hand-derived backward, checked
 //! against finite differences.
 //!
 //! # Rooms

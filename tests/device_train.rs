@@ -178,43 +178,78 @@ fn exact(config: &Config, step: &TrainingStep) -> Vec<(String, Vec<f64>)> {
     vars.map(read).collect()
 }
 
-/// √Σ(found − expected)² / √Σexpected².
-fn distance(found: &[f32], expected: &[f64]) -> f64 {
-    let square = |(&a, &b): (&f32, &f64)| (f64::from(a) - b).powi(2);
-    let error: f64 = found.iter().zip(expected).map(square).sum();
-    let size: f64 = expected.iter().map(|x| x * x).sum();
-    (error / size.max(1e-12)).sqrt()
+/// √Σx².
+fn norm<T: Copy + Into<f64>>(x: &[T]) -> f64 {
+    x.iter().map(|&x| x.into().powi(2)).sum::<f64>().sqrt()
+}
+
+/// √Σ(found − expected)².
+fn error(found: &[f32], expected: &[f64]) -> f64 {
+    let difference = found.iter().zip(expected).map(|(&a, b)| f64::from(a) - b);
+    norm(&difference.collect::<Vec<f64>>())
 }
 
 /// Losses, the gradient's norm, every gradient (in AdamW's first moments), every updated parameter, moment, running
-/// statistic and average of one step.
+/// statistic and average of one step, in f32: each tensor by its own norm.
 fn agrees(config: &Config, step: &TrainingStep) {
     let expected = exact(config, step);
-    let steps = |backend| replayed(config, step, &backend, 1).remove(0);
-    for (what, found, tolerance) in [
-        ("processor, f32", steps(Backend::Cpu), 2e-4),
-        ("device, f32", steps(emulator(false)), 2e-4),
-        ("device, bf16", steps(emulator(true)), 0.12),
-    ] {
+    for (what, backend) in [("processor", Backend::Cpu), ("device", emulator(false))] {
+        let found = replayed(config, step, &backend, 1).remove(0);
         let mut worst = (0.0, "");
         for ((name, found), (_, expected)) in found.iter().zip(&expected) {
-            let distance = distance(found, expected);
-            assert!(
-                distance <= tolerance,
-                "{what}: {name} is {distance:.1e} off, tolerance {tolerance:.0e}"
-            );
+            let distance = error(found, expected) / norm(expected).max(1e-6);
+            assert!(distance <= 2e-5, "{what}: {name} is {distance:.1e} off");
             if distance > worst.0 {
                 worst = (distance, name);
             }
         }
         println!("{what}: largest distance {:.1e}, {}", worst.0, worst.1);
-        let (losses, truth) = (&found.last().unwrap().1, &expected.last().unwrap().1);
-        for (a, b) in losses.iter().zip(truth) {
-            let error = (f64::from(*a) - b).abs() / b.abs().max(0.1);
-            let most = if tolerance > 0.01 { 0.02 } else { 1e-5 };
-            assert!(error <= most, "{what}: {losses:?} for {truth:?}");
+    }
+    agrees_in_bf16(config, step, &expected);
+}
+
+/// Gradients of activations are rounded to 8 bits before they are summed over all pixels, where most of them may
+/// cancel: a tensor's gradient is as good as its own size and, to a lesser degree, that of the whole allow. With ε = 0.1,
+/// a learning rate of 0.01 and β₁ = 0.9 a parameter is off by no more than its first moment.
+fn agrees_in_bf16(config: &Config, step: &TrainingStep, expected: &[(String, Vec<f64>)]) {
+    const MOMENT: &str = "adam.first.";
+    let found = replayed(config, step, &emulator(true), 1).remove(0);
+    let moments = expected.iter().filter(|(name, _)| name.starts_with(MOMENT));
+    let whole: Vec<f64> = moments.flat_map(|(_, m)| m.clone()).collect();
+    let (mut worst, mut squares) = ((0.0, ""), 0.0);
+    for ((name, found), (_, expected_values)) in found.iter().zip(expected) {
+        // Squares of the first moments.
+        if name.starts_with("adam.second.") {
+            continue;
+        }
+        let plain = name.trim_start_matches(MOMENT).trim_start_matches("ema.");
+        let moment = format!("{MOMENT}{plain}");
+        let moment = expected.iter().find(|(name, _)| *name == moment);
+        let size = norm(expected_values);
+        let allowed = match moment {
+            Some((_, moment)) => 0.1 * norm(moment) + 0.02 * norm(&whole) + 1e-6 * size,
+            None => 0.02 * size,
+        };
+        let error = error(found, expected_values);
+        if error / allowed > worst.0 {
+            worst = (error / allowed, name);
+        }
+        if name.starts_with(MOMENT) {
+            squares += error * error;
         }
     }
+    let distance = squares.sqrt() / norm(&whole);
+    println!(
+        "device, bf16: gradient {distance:.1e} off; largest share of what is allowed {:.2}, {}",
+        worst.0, worst.1
+    );
+    assert!(distance <= 0.05, "the gradient is {distance:.1e} off");
+    assert!(
+        worst.0 <= 1.0,
+        "{} is {:.2} of what is allowed off",
+        worst.1,
+        worst.0
+    );
 }
 
 #[test]
@@ -473,7 +508,7 @@ fn a_run_on_a_device_is_repeatable_resumable_and_goes_on_anywhere() {
     assert_eq!(there.position.epoch, here.position.epoch);
     let weight = |c: &Checkpoint| c.tensor("encoder.1.conv2.weight").unwrap().data().to_vec();
     let wide: Vec<f64> = weight(&here).iter().map(|&x| x.into()).collect();
-    let distance = distance(&weight(&there), &wide);
+    let distance = error(&weight(&there), &wide) / norm(&wide);
     assert!(distance < 0.05, "{distance}");
     run(&at("elsewhere"), &owned(&[("device", "emulator")]), true).unwrap();
 
@@ -514,7 +549,7 @@ fn what_is_not_finite_is_named_one_step_late_and_changes_nothing() {
     let data = data(&folder.path().join("data"));
     let out = folder.path().join("run");
     let settings = settings(&data, "emulator");
-    let (stopped, _) = run_until(&out, &settings, false, 2);
+    let (stopped, _) = run_until(&out, &settings, false, 1);
     assert!(matches!(stopped, Err(Error::Interrupted)));
     let path = out.join("last.safetensors");
     let checkpoint = Checkpoint::read(&path).unwrap();
@@ -535,7 +570,7 @@ fn what_is_not_finite_is_named_one_step_late_and_changes_nothing() {
             tensor,
             images,
         }) => {
-            assert_eq!((step, tensor.as_str()), (3, "decoder.0.conv2.conv2d"));
+            assert_eq!((step, tensor.as_str()), (2, "decoder.0.conv2.conv2d"));
             assert_eq!(images.len(), 3);
         }
         other => panic!("expected a stop, found {other:?}"),
