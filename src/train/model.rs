@@ -62,11 +62,7 @@ impl Model {
     /// # Errors
     /// As [`Evaluation::record`] and [`Evaluation::session`].
     pub fn new(config: Config, backend: &Backend) -> Result<Self> {
-        // GPUs have no kernel for a convolution with bias and activation.
-        let evaluation = match backend {
-            Backend::Cpu => Evaluation::folded(&config)?,
-            Backend::Gpu { .. } => Evaluation::record(&config)?,
-        };
+        let evaluation = Evaluation::folded(&config)?;
         let session = evaluation.session(backend)?;
         Ok(Self {
             shown: vec![0.0; config.batch * config.size * config.size],
