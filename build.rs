@@ -3,7 +3,8 @@
 //!
 //! - `ECHOGRAD_DATA` (the folder that holds real data sets) becomes `cfg(echograd_data)`, so that
 //!   tests on real data show as ignored where there is none; `ECHOGRAD_NVRTC` (the run-time compiler)
-//!   likewise becomes `cfg(echograd_nvrtc)`.
+//!   likewise becomes `cfg(echograd_nvrtc)`, and `ECHOGRAD_PYTHON` (a Python with the packages safetensors and
+//!   numpy) `cfg(echograd_python)`.
 //! - With `--features emulator` and a C++ compiler, the CUDA kernels are built for the CPU and
 //!   `cfg(echograd_emulator)` is set.
 //! - With `--features cuda` they are embedded for the GPU: compiled if there is an nvcc, else as
@@ -35,15 +36,16 @@ fn files(folders: &[&str], extension: &str) -> Vec<std::path::PathBuf> {
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels/build");
-    println!("cargo::rerun-if-env-changed=ECHOGRAD_DATA");
-    println!("cargo::rustc-check-cfg=cfg(echograd_data)");
-    if std::env::var_os("ECHOGRAD_DATA").is_some_and(|folder| !folder.is_empty()) {
-        println!("cargo::rustc-cfg=echograd_data");
-    }
-    println!("cargo::rerun-if-env-changed=ECHOGRAD_NVRTC");
-    println!("cargo::rustc-check-cfg=cfg(echograd_nvrtc)");
-    if std::env::var_os("ECHOGRAD_NVRTC").is_some_and(|path| !path.is_empty()) {
-        println!("cargo::rustc-cfg=echograd_nvrtc");
+    for (variable, cfg) in [
+        ("ECHOGRAD_DATA", "echograd_data"),
+        ("ECHOGRAD_NVRTC", "echograd_nvrtc"),
+        ("ECHOGRAD_PYTHON", "echograd_python"),
+    ] {
+        println!("cargo::rerun-if-env-changed={variable}");
+        println!("cargo::rustc-check-cfg=cfg({cfg})");
+        if std::env::var_os(variable).is_some_and(|value| !value.is_empty()) {
+            println!("cargo::rustc-cfg={cfg}");
+        }
     }
     println!("cargo::rustc-check-cfg=cfg(echograd_emulator)");
     println!("cargo::rustc-check-cfg=cfg(echograd_emulator_clang)");

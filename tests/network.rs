@@ -12,7 +12,9 @@ use echograd::tape::{Kind, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use echograd::train::Config;
 use echograd::train::config::Preset;
+use echograd::train::pretrained::{self, Naming};
 use echograd::train::step::{Evaluation, TrainingStep};
+use safetensors::tensor::{Dtype, TensorView};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -22,6 +24,8 @@ struct Golden {
     images: [usize; 4],
     /// Elements from one kept element of a feature map to the next.
     every: usize,
+    /// The last map of each resolution, in evaluation.
+    maps: Vec<Vec<f64>>,
     evaluation: Vec<f64>,
     training: Vec<f64>,
     /// Norm, and product with hashed numbers.
@@ -158,6 +162,77 @@ fn efficientnet_b1_is_that_of_torchvision() {
     }
 }
 
+/// Weights from a file with either naming, in f32: the maps of every stride.
+#[test]
+fn weights_of_torchvision_and_timm_give_torchvisions_features() {
+    let golden: Golden = serde_json::from_str(include_str!("goldens/efficientnet.json")).unwrap();
+    let [n, h, w, c] = golden.images;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weights.safetensors");
+    for naming in [Naming::Torchvision, Naming::Timm] {
+        let mut tape = Tape::new();
+        let images = tape.input("images", Shape::new(n, h, w, c));
+        let mut network = Network::new(&mut tape, Mode::Evaluate);
+        let encoder = EfficientNet::b1();
+        let maps = network.scope("encoder", |n| encoder.record(n, images));
+        let (maps, starts) = (maps.unwrap(), network.starts().to_vec());
+        maps.iter().for_each(|&map| tape.keep(map));
+
+        // As PyTorch writes them: out-in-kh-kw.
+        let tensors: Vec<(String, Vec<usize>, Vec<f32>)> = starts
+            .iter()
+            .map(|&(var, kind)| {
+                let shape = tape.shape(var);
+                let name = tape.name(var).strip_prefix("encoder.").unwrap();
+                let values = start(name, kind, shape);
+                if shape == Shape::per_channel(shape.c) {
+                    let values = values.iter().map(|&v| v as f32).collect();
+                    return (naming.of(name), vec![shape.c], values);
+                }
+                let mut turned = Vec::with_capacity(values.len());
+                for kernel in values.chunks_exact(shape.pixels() * shape.c) {
+                    for c in 0..shape.c {
+                        let taps = kernel[c..].iter().step_by(shape.c);
+                        turned.extend(taps.map(|&v| v as f32));
+                    }
+                }
+                (
+                    naming.of(name),
+                    vec![shape.n, shape.c, shape.h, shape.w],
+                    turned,
+                )
+            })
+            .collect();
+        let views = tensors.iter().map(|(name, extents, values)| {
+            let bytes: &[u8] = bytemuck::cast_slice(values);
+            let view = TensorView::new(Dtype::F32, extents.clone(), bytes);
+            (name, view.unwrap())
+        });
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+
+        let plan = Plan::new(&tape, Default::default()).unwrap();
+        let mut session = Session::<f32>::new(plan).unwrap();
+        pretrained::initialise(&path, &tape, &mut session).unwrap();
+        let values = named("images", tape.shape(images).len(), 0.0, 1.0);
+        let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+        session.write(images, &values);
+        session.run();
+        for (&map, expected) in maps.iter().zip(&golden.maps) {
+            let shape = tape.shape(map);
+            let found = session.read(map).iter().step_by(golden.every);
+            let largest = expected.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+            assert_eq!(found.len(), expected.len(), "{shape}");
+            for (&found, expected) in found.zip(expected) {
+                let error = (f64::from(found) - expected).abs();
+                assert!(
+                    error <= 1e-4 * largest,
+                    "{naming:?}, {shape}: {found}, torchvision {expected}"
+                );
+            }
+        }
+    }
+}
+
 fn efficientnet(settings: &[(&str, &str)]) -> Config {
     let settings: Vec<(String, String)> = settings
         .iter()
@@ -199,7 +274,7 @@ fn weights(tape: &Tape) -> BTreeMap<String, Vec<f32>> {
     let weights = values.map(|var| {
         let (name, shape) = (tape.name(var), tape.shape(var));
         let (low, high) = match name.rsplit('.').next() {
-            Some("running_var") => (0.5, 1.5),
+            Some("running_var") => (1.0, 2.0),
             Some("weight") if shape == Shape::per_channel(shape.c) && shape.c > 1 => (0.5, 1.5),
             Some("weight") => {
                 let limit = (6.0 / (shape.pixels() * shape.c) as f64).sqrt();

@@ -23,6 +23,7 @@ pub mod data;
 pub mod demo;
 pub mod doctor;
 pub mod evaluate;
+pub mod export;
 pub mod features;
 pub mod gradcheck;
 pub mod overview;
@@ -83,6 +84,7 @@ enum Command {
     Train(train::Args),
     Evaluate(evaluate::Args),
     Predict(predict::Args),
+    Export(export::Args),
     Study(study::Args),
     Search(study::SearchCommand),
     Compare(compare::Args),
@@ -121,6 +123,7 @@ impl Cli {
             Command::Train(args) => args.run(),
             Command::Evaluate(args) => args.run(),
             Command::Predict(args) => args.run(),
+            Command::Export(args) => args.run(),
             Command::Study(args) => args.run(),
             Command::Search(args) => args.run(),
             Command::Compare(args) => args.run(),

@@ -51,6 +51,15 @@ pub struct Checkpoint {
     tensors: HashMap<String, Tensor<f32>>,
 }
 
+/// What a network and a checkpoint that it starts from do not have in common.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unmatched {
+    /// Tensors that the file lacks.
+    pub missing: Vec<String>,
+    /// Tensors of the file that the network has no place for.
+    pub unused: Vec<String>,
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Metadata {
@@ -186,16 +195,16 @@ impl Checkpoint {
     }
 
     /// Starts the weights and running statistics of `session` from those in the file that have the same
-    /// name; returns the names of the parameters that it lacks. `path` is for the message.
+    /// name. `path` is for the message.
     ///
     /// # Errors
-    /// [`Error::File`] if a tensor has another shape, or if there is none in common.
+    /// [`Error::File`] naming the first tensor of another shape, or if there is none in common.
     pub fn initialise(
         &self,
         path: &Path,
         tape: &Tape,
         session: &mut dyn Session<f32>,
-    ) -> Result<Vec<String>> {
+    ) -> Result<Unmatched> {
         let prefix = weights_prefix(&self.config);
         let own = |name: &str| {
             // The prior belongs to the masks of its fold.
@@ -218,7 +227,13 @@ impl Checkpoint {
             let problem = "another model's checkpoint: no tensor in common";
             return Err(Error::file(path, problem));
         }
-        Ok(missing)
+        let stored = self.tensors.keys().filter(|name| own(name));
+        let mut unused: Vec<String> = stored
+            .filter(|name| !wanted.iter().any(|(_, wanted, _)| wanted == name))
+            .cloned()
+            .collect();
+        unused.sort();
+        Ok(Unmatched { missing, unused })
     }
 
     fn expect(&self, path: &Path, stored: &str, name: &str, shape: Shape) -> Result<&Tensor<f32>> {

@@ -374,6 +374,19 @@ impl Config {
         }
     }
 
+    /// That of the run in folder `run`.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none; else as [`Config::load`].
+    pub fn of_run(run: &Path) -> Result<Self> {
+        let path = run.join(super::model::CONFIG);
+        if !path.is_file() {
+            let problem = "expected the folder of a run, found no config.toml in it";
+            return Err(Error::file(run, problem));
+        }
+        Self::load(Some(&path), &[])
+    }
+
     /// A preset (`preset` in the settings or the file; `unet` otherwise), overlaid by `file`, overlaid
     /// by `settings`: pairs of a dotted key and a TOML value, where strings need no quotes.
     ///

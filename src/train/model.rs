@@ -79,12 +79,7 @@ impl Model {
     /// [`Error::File`] if the folder does not hold a run with a checkpoint, or they do not fit; as
     /// [`Config::backend`].
     pub fn open(run: &Path, device: Device) -> Result<Self> {
-        let path = run.join(CONFIG);
-        if !path.is_file() {
-            let problem = "expected the folder of a run, found no config.toml in it";
-            return Err(Error::file(run, problem));
-        }
-        let config = Config::load(Some(&path), &[])?;
+        let config = Config::of_run(run)?;
         let backend = config.backend(device)?;
         let mut model = Self::new(config, &backend)?;
         let path = run.join(BEST);

@@ -1,20 +1,25 @@
-//! Weights of EfficientNet-B1 that were trained elsewhere, in a safetensors file with the names of torchvision
+//! Weights of EfficientNet-B1 from and for elsewhere, in a safetensors file with the names of torchvision
 //! (`features.1.0.block.0.0.weight`) or timm (`blocks.0.0.conv_dw.weight`).
 //!
-//! They were trained on colour images normalised by [`MEAN`] and [`SD`]. Here images have one channel with
-//! intensities in [0, 1], which stands for three equal ones: the stem's kernels are divided by [`SD`] and summed,
-//! and what [`MEAN`] contributes moves into the running mean behind them. Away from the image's border, whose
-//! padding stands for other intensities, this gives the same features.
+//! There they see colour images normalised by [`MEAN`] and [`SD`]. Here images have one channel with intensities
+//! in [0, 1], which stands for three equal ones. On the way in the stem's kernels are divided by [`SD`] and
+//! summed, and what [`MEAN`] contributes moves into the running mean behind them; on the way out each channel gets
+//! a third of the kernel, and the rest is undone. Away from the image's border, whose padding stands for other
+//! intensities, this gives the same features.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::Serialize;
 
-use super::checkpoint;
+use super::checkpoint::{self, Checkpoint};
+use super::config::{Config, ModelKind};
+use super::step::Evaluation;
+use crate::data::image::write_atomically;
 use crate::device::Session;
 use crate::error::{Error, Result};
-use crate::tape::{Kind, Tape};
+use crate::tape::{Kind, Tape, Var};
 use crate::tensor::Shape;
 
 /// Mean of the three channels that such weights are trained with.
@@ -33,6 +38,52 @@ struct Stored {
     elements: Vec<f32>,
 }
 
+/// Whose names tensors have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Naming {
+    /// `features.1.0.block.0.0.weight`
+    Torchvision,
+    /// `blocks.0.0.conv_dw.weight`
+    Timm,
+}
+
+impl Naming {
+    /// The name of a tensor that torchvision calls `name`.
+    pub fn of(self, name: &str) -> String {
+        match self {
+            Self::Torchvision => None,
+            Self::Timm => timm(name),
+        }
+        .unwrap_or_else(|| name.to_owned())
+    }
+}
+
+/// The encoder's parameters and running statistics, by torchvision's names.
+fn encoder(tape: &Tape) -> Vec<(Var, &str, Shape)> {
+    [Kind::Parameter, Kind::State]
+        .into_iter()
+        .flat_map(|kind| tape.of_kind(kind))
+        .filter_map(|var| Some((var, tape.name(var).strip_prefix(ENCODER)?, tape.shape(var))))
+        .collect()
+}
+
+/// Extents of a value in the order of PyTorch.
+fn extents(shape: Shape) -> Vec<usize> {
+    if shape == Shape::per_channel(shape.c) {
+        vec![shape.c]
+    } else {
+        vec![shape.n, shape.c, shape.h, shape.w]
+    }
+}
+
+/// Where PyTorch has element `i` of a value.
+fn place(shape: Shape, i: usize) -> usize {
+    let (c, pixel) = (i % shape.c, i / shape.c);
+    let (tap, n) = (pixel % shape.pixels(), pixel / shape.pixels());
+    (n * shape.c + c) * shape.pixels() + tap
+}
+
 /// Writes the parameters and running statistics of the encoder on `tape` from the file at `path`. The file's
 /// classifier, its head behind the last stage, and counters of batches are not needed.
 ///
@@ -40,45 +91,79 @@ struct Stored {
 /// [`Error::File`] if the file cannot be read, or naming the first tensor that is missing, unknown, of another
 /// shape or of another type than F32.
 pub fn initialise(path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> Result<()> {
-    let mut stored = read(path)?;
-    let wanted: Vec<_> = [Kind::Parameter, Kind::State]
-        .into_iter()
-        .flat_map(|kind| tape.of_kind(kind))
-        .filter_map(|var| Some((var, tape.name(var).strip_prefix(ENCODER)?, tape.shape(var))))
-        .collect();
+    let (naming, mut stored) = read(path)?;
+    let wanted = encoder(tape);
     let mut unknown: Vec<&String> = stored
         .keys()
         .filter(|name| !wanted.iter().any(|(_, wanted, _)| wanted == name))
         .collect();
     unknown.sort();
     if let Some(name) = unknown.first() {
+        let name = naming.of(name);
         let problem = format!("expected weights of EfficientNet-B1, found {name}, unknown there");
         return Err(Error::file(path, problem));
     }
     sum_stem(&mut stored, &wanted.iter().map(|w| (w.1, w.2)).collect());
     for (var, name, shape) in wanted {
-        let expected = if shape == Shape::per_channel(shape.c) {
-            vec![shape.c]
-        } else {
-            vec![shape.n, shape.c, shape.h, shape.w]
-        };
+        let expected = extents(shape);
         let stored = match stored.get(name) {
             Some(stored) if stored.extents == expected => stored,
             found => {
                 let found = found.map_or("none".to_owned(), |s| format!("{:?}", s.extents));
+                let name = naming.of(name);
                 let problem = format!("{name}: expected {expected:?}, found {found}");
                 return Err(Error::file(path, problem));
             }
         };
-        let element = |i: usize| {
-            let (c, pixel) = (i % shape.c, i / shape.c);
-            let (tap, n) = (pixel % shape.pixels(), pixel / shape.pixels());
-            stored.elements[(n * shape.c + c) * shape.pixels() + tap]
-        };
+        let element = |i: usize| stored.elements[place(shape, i)];
         let values: Vec<f32> = (0..shape.len()).map(element).collect();
         session.write(var, &values)?;
     }
     Ok(())
+}
+
+/// Writes the encoder of the best network of the run in folder `run` to a safetensors file at `out`, with a stem
+/// for `channels` channels: 1, as it was trained, or 3, for images as torchvision and timm expect them.
+///
+/// # Errors
+/// [`Error::File`] if the folder does not hold a run of an EfficientNet-B1 with a checkpoint, or the file cannot
+/// be written; [`Error::Argument`] for another number of channels.
+pub fn export(run: &Path, naming: Naming, channels: usize, out: &Path) -> Result<usize> {
+    if ![1, 3].contains(&channels) {
+        let problem = format!("expected 1 or 3, found {channels}");
+        return Err(Error::argument("channels", problem));
+    }
+    let config = Config::of_run(run)?;
+    if config.model.kind != ModelKind::EfficientnetB1 {
+        let problem = "expected a run of the model efficientnet-b1, found one of a plain U-Net, which \
+            torchvision and timm do not have";
+        return Err(Error::file(run, problem));
+    }
+    let path = run.join(super::model::BEST);
+    let checkpoint = Checkpoint::read(&path)?;
+    let evaluation = Evaluation::record(&config)?;
+    let mut tensors = HashMap::new();
+    for (_, name, shape) in encoder(&evaluation.tape) {
+        let values = checkpoint.weight(&path, &format!("{ENCODER}{name}"), shape)?;
+        let mut elements = vec![0.0; values.len()];
+        for (i, &value) in values.iter().enumerate() {
+            elements[place(shape, i)] = value;
+        }
+        let extents = extents(shape);
+        tensors.insert(name.to_owned(), Stored { extents, elements });
+    }
+    if channels == 3 {
+        spread_stem(&mut tensors);
+    }
+    let views = tensors.iter().map(|(name, stored)| {
+        let bytes: &[u8] = bytemuck::cast_slice(&stored.elements);
+        let view = TensorView::new(Dtype::F32, stored.extents.clone(), bytes);
+        (naming.of(name), view.expect("as many bytes as elements"))
+    });
+    let bytes = safetensors::serialize(views, None)
+        .map_err(|e| Error::caused(out, "cannot be written", e))?;
+    write_atomically(out, &bytes)?;
+    Ok(tensors.len())
 }
 
 /// Makes a stem for colour one for grey, if that is what is wanted; see the module's documentation.
@@ -103,6 +188,30 @@ fn sum_stem(stored: &mut HashMap<String, Stored>, wanted: &HashMap<&str, Shape>)
         shifts.push((0..3).map(of_channel).sum::<f64>());
     }
     stem.extents[1] = 1;
+    move_mean(stored, &shifts);
+}
+
+/// Makes a stem for grey one for colour that [`sum_stem`] makes the same again, but for rounding.
+fn spread_stem(stored: &mut HashMap<String, Stored>) {
+    let Some(stem) = stored.get_mut(STEM) else {
+        return;
+    };
+    let kernels = std::mem::take(&mut stem.elements);
+    let taps = stem.extents[2] * stem.extents[3];
+    let mut shifts = Vec::with_capacity(stem.extents[0]);
+    for kernel in kernels.chunks_exact(taps) {
+        for sd in SD {
+            let third = |&w: &f32| (f64::from(w) * sd / 3.0) as f32;
+            stem.elements.extend(kernel.iter().map(third));
+        }
+        let sum: f64 = kernel.iter().map(|&w| f64::from(w)).sum();
+        shifts.push(-sum * MEAN.iter().sum::<f64>() / 3.0);
+    }
+    stem.extents[1] = 3;
+    move_mean(stored, &shifts);
+}
+
+fn move_mean(stored: &mut HashMap<String, Stored>, shifts: &[f64]) {
     if let Some(mean) = stored.get_mut(STEM_MEAN) {
         for (mean, shift) in mean.elements.iter_mut().zip(shifts) {
             *mean = (f64::from(*mean) + shift) as f32;
@@ -110,14 +219,21 @@ fn sum_stem(stored: &mut HashMap<String, Stored>, wanted: &HashMap<&str, Shape>)
     }
 }
 
-/// The tensors of a file that may be of use, by torchvision's names.
-fn read(path: &Path) -> Result<HashMap<String, Stored>> {
+/// The tensors of a file that may be of use, by torchvision's names, and whose names they had.
+fn read(path: &Path) -> Result<(Naming, HashMap<String, Stored>)> {
     let bytes = checkpoint::read(path)?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::caused(path, format!("expected a safetensors file, found: {e}"), e))?;
     let mut stored = HashMap::new();
-    for (name, view) in file.tensors() {
-        let name = torchvision(&name).unwrap_or(name);
+    let mut naming = Naming::Torchvision;
+    for (found, view) in file.tensors() {
+        let name = match torchvision(&found) {
+            Some(name) => {
+                naming = Naming::Timm;
+                name
+            }
+            None => found.clone(),
+        };
         let unused = ["features.8.", "classifier."]
             .iter()
             .any(|prefix| name.starts_with(prefix));
@@ -125,7 +241,7 @@ fn read(path: &Path) -> Result<HashMap<String, Stored>> {
             continue;
         }
         if view.dtype() != Dtype::F32 {
-            let problem = format!("{name}: expected F32, found {}", view.dtype());
+            let problem = format!("{found}: expected F32, found {}", view.dtype());
             return Err(Error::file(path, problem));
         }
         let tensor = Stored {
@@ -134,7 +250,7 @@ fn read(path: &Path) -> Result<HashMap<String, Stored>> {
         };
         stored.insert(name, tensor);
     }
-    Ok(stored)
+    Ok((naming, stored))
 }
 
 /// Whether the file at `path` is a safetensors file that this program did not write.
@@ -147,56 +263,76 @@ pub fn is_foreign(path: &Path) -> Result<bool> {
     Ok(header.is_ok_and(|(_, header)| !checkpoint::is_own(&header)))
 }
 
+/// Layers outside of the stages, as timm and as torchvision call them.
+const LAYERS: [(&str, &str); 4] = [
+    ("conv_stem", "features.0.0"),
+    ("bn1", "features.0.1"),
+    ("conv_head", "features.8.0"),
+    ("bn2", "features.8.1"),
+];
+/// Layers of the first stage's blocks, which expand nothing.
+const FIRST_BLOCKS: [(&str, &str); 6] = [
+    ("conv_dw", "0.0"),
+    ("bn1", "0.1"),
+    ("se.conv_reduce", "1.fc1"),
+    ("se.conv_expand", "1.fc2"),
+    ("conv_pw", "2.0"),
+    ("bn2", "2.1"),
+];
+/// Layers of the other stages' blocks.
+const BLOCKS: [(&str, &str); 8] = [
+    ("conv_pw", "0.0"),
+    ("bn1", "0.1"),
+    ("conv_dw", "1.0"),
+    ("bn2", "1.1"),
+    ("se.conv_reduce", "2.fc1"),
+    ("se.conv_expand", "2.fc2"),
+    ("conv_pwl", "3.0"),
+    ("bn3", "3.1"),
+];
+
+fn layers(stage: usize) -> &'static [(&'static str, &'static str)] {
+    if stage == 0 { &FIRST_BLOCKS } else { &BLOCKS }
+}
+
 /// torchvision's name of a tensor with timm's name.
 fn torchvision(name: &str) -> Option<String> {
     let (layer, kind) = name.rsplit_once('.')?;
-    let layer = match layer {
-        "conv_stem" => "features.0.0".to_owned(),
-        "bn1" => "features.0.1".to_owned(),
-        "conv_head" => "features.8.0".to_owned(),
-        "bn2" => "features.8.1".to_owned(),
-        _ => {
-            let mut parts = layer.strip_prefix("blocks.")?.splitn(3, '.');
-            let stage: usize = parts.next()?.parse().ok()?;
-            let (block, inner) = (parts.next()?, parts.next()?);
-            // The first stage's blocks expand nothing.
-            let layers: &[(&str, &str)] = if stage == 0 {
-                &[
-                    ("conv_dw", "0.0"),
-                    ("bn1", "0.1"),
-                    ("se.conv_reduce", "1.fc1"),
-                    ("se.conv_expand", "1.fc2"),
-                    ("conv_pw", "2.0"),
-                    ("bn2", "2.1"),
-                ]
-            } else {
-                &[
-                    ("conv_pw", "0.0"),
-                    ("bn1", "0.1"),
-                    ("conv_dw", "1.0"),
-                    ("bn2", "1.1"),
-                    ("se.conv_reduce", "2.fc1"),
-                    ("se.conv_expand", "2.fc2"),
-                    ("conv_pwl", "3.0"),
-                    ("bn3", "3.1"),
-                ]
-            };
-            let (_, inner) = layers.iter().find(|(timm, _)| *timm == inner)?;
-            format!("features.{}.{block}.block.{inner}", stage + 1)
-        }
-    };
-    Some(format!("{layer}.{kind}"))
+    if let Some((_, layer)) = LAYERS.iter().find(|(timm, _)| *timm == layer) {
+        return Some(format!("{layer}.{kind}"));
+    }
+    let mut parts = layer.strip_prefix("blocks.")?.splitn(3, '.');
+    let stage: usize = parts.next()?.parse().ok()?;
+    let (block, inner) = (parts.next()?, parts.next()?);
+    let (_, inner) = layers(stage).iter().find(|(timm, _)| *timm == inner)?;
+    Some(format!(
+        "features.{}.{block}.block.{inner}.{kind}",
+        stage + 1
+    ))
+}
+
+/// timm's name of a tensor with torchvision's name.
+fn timm(name: &str) -> Option<String> {
+    let (layer, kind) = name.rsplit_once('.')?;
+    if let Some((layer, _)) = LAYERS.iter().find(|(_, torchvision)| *torchvision == layer) {
+        return Some(format!("{layer}.{kind}"));
+    }
+    let mut parts = layer.strip_prefix("features.")?.splitn(4, '.');
+    let stage = parts.next()?.parse::<usize>().ok()?.checked_sub(1)?;
+    let (block, inner) = (parts.next()?, parts.nth(1)?);
+    let (inner, _) = layers(stage)
+        .iter()
+        .find(|(_, torchvision)| *torchvision == inner)?;
+    Some(format!("blocks.{stage}.{block}.{inner}.{kind}"))
 }
 
 #[cfg(test)]
 mod tests {
-    use safetensors::tensor::TensorView;
-
     use super::*;
     use crate::device::cpu::Session;
     use crate::gradcheck::Sampler;
     use crate::nn::{EfficientNet, Mode, Network};
-    use crate::tape::{Options, Plan, Var};
+    use crate::tape::{Options, Plan};
 
     /// An encoder on images of `channels` channels under `prefix`, its last map kept.
     fn encoder(prefix: &str, channels: usize, stages: usize) -> (Tape, Var, Var) {
@@ -363,10 +499,11 @@ mod tests {
     fn what_does_not_fit_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weights.safetensors");
-        let (tape, ..) = encoder("encoder", 1, 1);
-        let fails = |spoil: &dyn Fn(&mut Tensors), expected: &str| {
+        let (tape, ..) = encoder("encoder", 1, 2);
+        let fails = |naming: Naming, spoil: &dyn Fn(&mut Tensors), expected: &str| {
             let mut tensors = draw(&tape);
             spoil(&mut tensors);
+            tensors.iter_mut().for_each(|t| t.0 = naming.of(&t.0));
             write(&path, &tensors);
             let text = load(&path, &tape).err().unwrap().to_string();
             assert!(text.contains(expected), "expected {expected:?} in {text}");
@@ -375,21 +512,82 @@ mod tests {
             let found = tensors.iter().position(|t| t.0 == name);
             found.unwrap_or_else(|| panic!("no {name}"))
         };
-        let name = "features.1.0.block.1.fc1.bias";
-        fails(
-            &|t| drop(t.remove(named(t, name))),
-            "features.1.0.block.1.fc1.bias: expected [8], found none",
+        let name = "features.2.0.block.2.fc1.bias";
+        for (naming, name_there) in [
+            (Naming::Torchvision, name),
+            (Naming::Timm, "blocks.1.0.se.conv_reduce.bias"),
+        ] {
+            fails(
+                naming,
+                &|t| drop(t.remove(named(t, name))),
+                &format!(": {name_there}: expected [4], found none"),
+            );
+            fails(
+                naming,
+                &|t| {
+                    let i = named(t, name);
+                    (t[i].1, t[i].2) = (vec![2, 3], vec![0.0; 6]);
+                },
+                &format!(": {name_there}: expected [4], found [2, 3]"),
+            );
+            fails(
+                naming,
+                &|t| t.push(("layer1.weight".into(), vec![1], vec![0.0])),
+                "found layer1.weight, unknown there",
+            );
+            // A block more than the network has.
+            let extra = "features.2.7.block.0.1.bias";
+            fails(
+                naming,
+                &|t| t.push((extra.into(), vec![1], vec![0.0])),
+                &format!("found {}, unknown there", naming.of(extra)),
+            );
+        }
+    }
+
+    #[test]
+    fn a_stem_for_colour_is_the_one_for_grey_again() {
+        let mut s = Sampler::new(7);
+        let kernels: Vec<f32> = s
+            .values(4 * 9, -0.5, 0.5)
+            .iter()
+            .map(|&x| x as f32)
+            .collect();
+        let means = vec![0.5f32, -0.25, 0.0, 1.0];
+        let stored = |extents: Vec<usize>, elements: &[f32]| Stored {
+            extents,
+            elements: elements.to_vec(),
+        };
+        let mut tensors = HashMap::from([
+            (STEM.to_owned(), stored(vec![4, 1, 3, 3], &kernels)),
+            (STEM_MEAN.to_owned(), stored(vec![4], &means)),
+        ]);
+        spread_stem(&mut tensors);
+        assert_eq!(tensors[STEM].extents, [4, 3, 3, 3]);
+        assert!(tensors[STEM_MEAN].elements != means);
+        sum_stem(
+            &mut tensors,
+            &HashMap::from([(STEM, Shape::new(4, 3, 3, 1))]),
         );
-        fails(
-            &|t| {
-                let i = named(t, name);
-                (t[i].1, t[i].2) = (vec![2, 3], vec![0.0; 6]);
-            },
-            "features.1.0.block.1.fc1.bias: expected [8], found [2, 3]",
-        );
-        fails(
-            &|t| t.push(("layer1.weight".into(), vec![1], vec![0.0])),
-            "found layer1.weight, unknown there",
-        );
+        assert_eq!(tensors[STEM].extents, [4, 1, 3, 3]);
+        for (name, expected) in [(STEM, kernels), (STEM_MEAN, means)] {
+            for (found, expected) in tensors[name].elements.iter().zip(expected) {
+                assert!(
+                    (found - expected).abs() < 1e-6,
+                    "{name}: {found} for {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn names_there_and_back() {
+        let (tape, ..) = encoder("encoder", 1, 7);
+        for (_, name, _) in super::encoder(&tape) {
+            let there = timm(name).unwrap_or_else(|| panic!("{name} has no name"));
+            assert_ne!(there, name);
+            assert_eq!(torchvision(&there).unwrap(), name);
+            assert_eq!(torchvision(name), None);
+        }
     }
 }

@@ -494,10 +494,13 @@ impl<'a> Run<'a> {
                 report.line(&format!("{} {what}", path.display()));
             } else {
                 let checkpoint = Checkpoint::read(path)?;
-                let missing = checkpoint.initialise(path, &step.tape, &mut *session)?;
+                let unmatched = checkpoint.initialise(path, &step.tape, &mut *session)?;
+                let (missing, unused) = (unmatched.missing.join(", "), unmatched.unused.join(", "));
                 if !missing.is_empty() {
-                    let missing = missing.join(", ");
                     report.line(&format!("{} lacks {missing}: random", path.display()));
+                }
+                if !unused.is_empty() {
+                    report.line(&format!("{}: {unused} not used", path.display()));
                 }
             }
             step.start_averages(&mut *session)?;

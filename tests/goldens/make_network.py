@@ -4,8 +4,8 @@
     python tests/goldens/make_network.py
 
 Weights and images come from an integer hash keyed by their names, which the test computes too. PyTorch computes
-in f64. Kept are some elements of the last feature map, in evaluation and in training (without stochastic depth),
-and for the gradient of every parameter its norm and its product with a tensor of hashed numbers.
+in f64. Kept are some elements of the last feature map, in evaluation and in training (without stochastic depth), of
+the last map of each resolution in evaluation, and for the gradient of every parameter its norm and its product with a tensor of hashed numbers.
 """
 
 import json
@@ -19,6 +19,8 @@ from make_ops import nchw, nhwc, numbers
 
 IMAGES = (2, 64, 64, 3)
 EVERY = 97
+# The last modules of each resolution, the head left out.
+MAPS = [1, 2, 3, 5, 7]
 
 
 def named(name, shape, low, high):
@@ -53,6 +55,11 @@ def main():
     for name, value in state.items():
         value.copy_(start(name, value))
     images = nchw(named("images", IMAGES, 0.0, 1.0))
+    maps, x = [], images
+    with torch.no_grad():
+        for i, module in enumerate(model.eval()):
+            x = module(x)
+            maps += [sample(x)] if i in MAPS else []
     evaluation = model.eval()(images)
     training = model.train()(images)
     training.backward(nchw(named("gradient", nhwc(training).shape, -1.0, 1.0)))
@@ -66,6 +73,7 @@ def main():
         "parameters": sum(p.numel() for p in model.parameters()),
         "images": IMAGES,
         "every": EVERY,
+        "maps": maps,
         "evaluation": sample(evaluation),
         "training": sample(training),
         "gradients": gradients,
