@@ -204,11 +204,12 @@ fn copy() -> TempDir {
 
 // ---- help and usage -------------------------------------------------------------------------
 
-const COMMANDS: [&str; 13] = [
+const COMMANDS: [&str; 14] = [
     "demo",
     "train",
     "evaluate",
     "predict",
+    "export",
     "study",
     "search",
     "compare",
@@ -711,11 +712,71 @@ fn json_is_one_document_on_stdout() {
     assert_eq!(predicted, file);
     let summary = json(at, &["summary", "new", "--json"]);
     assert_eq!(summary["size"], 16);
+    let step = ["profile", "--step", "--preset", "tiny", "--batch", "2"];
+    let profile = json(at, &[&step[..], &["--iters", "1", "--json"]].concat());
+    let profile = &profile["profiles"][0];
+    let layers = profile["layers"].as_array().unwrap();
+    let sum = |part: &str, of: &str| -> u64 {
+        let each = layers.iter().map(|layer| layer[part][of].as_u64().unwrap());
+        each.sum()
+    };
+    for of in ["bytes", "flops"] {
+        let all = profile[of].as_u64().unwrap();
+        assert_eq!(sum("forward", of) + sum("backward", of), all, "{of}");
+    }
+    let layer = |name: &str| layers.iter().find(|layer| layer["layer"] == name).unwrap();
+    let conv = layer("decoder.1.conv2");
+    assert_eq!(conv["shape"], serde_json::json!([2, 32, 32, 16]));
+    let [forward, backward] = ["forward", "backward"].map(|pass| &conv[pass]);
+    // Either gradient has the products of the convolution.
+    let products = 2 * 2 * 32 * 32 * 16 * 9 * 16;
+    assert!(forward["flops"].as_u64().unwrap() >= products);
+    assert_eq!(backward["flops"], 2 * products);
+    for pass in [forward, backward] {
+        let share = pass["roofline"].as_f64().unwrap();
+        assert!(share > 0.0 && pass["seconds"].as_f64().unwrap() > 0.0);
+    }
     let gradcheck = json(at, &["gradcheck", "--cases", "1", "--op", "add", "--json"]);
     assert_eq!(
         (&gradcheck["passed"], &gradcheck["failed"]),
         (&1.into(), &0.into())
     );
+}
+
+/// Parameters, their running statistics, and multiplications with addition in convolutions and linear layers:
+/// those of the same networks in PyTorch (`benches/peers`).
+#[test]
+fn a_summary_counts_as_pytorch_does() {
+    let folder = TempDir::new().unwrap();
+    let at = folder.path();
+    let one = |preset: &str| {
+        let args = ["summary", "--preset", preset, "--batch", "1", "--json"];
+        let summary = json(at, &args);
+        let keys = [
+            "parameters",
+            "trainable_parameters",
+            "statistics",
+            "multiply_adds",
+        ];
+        keys.map(|key| summary[key].as_u64().unwrap())
+    };
+    assert_eq!(one("unet"), [1_964_066, 1_964_066, 2944, 870_842_624]);
+    let parameters = 8_372_726;
+    let expected = [parameters, parameters, 61_472, 3_116_510_016];
+    assert_eq!(one("efficientnet-b1"), expected);
+
+    let summary = |depth: &[&str]| done(at, &[&["summary"], depth].concat());
+    let (whole, top) = (summary(&[]), summary(&["--depth", "1"]));
+    for text in [&whole, &top] {
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 80),
+            "{text}"
+        );
+        let total = text.lines().find(|line| line.starts_with("Total params"));
+        assert!(total.unwrap().ends_with(" 1,964,066"), "{text}");
+    }
+    assert!(whole.contains("├─norm1: normalize"), "{whole}");
+    assert!(!top.contains("norm1"), "{top}");
 }
 
 #[cfg(unix)]

@@ -9,7 +9,7 @@ use super::SIZE_RANGE;
 use crate::device::gpu::{Description, Gpu};
 use crate::error::{Error, Result};
 use crate::ops::{examples, registry};
-use crate::profile::{self, Profile, Roof, Row, Settings, Sheet};
+use crate::profile::{self, Layer, Profile, Roof, Row, Settings, Sheet, Sum};
 use crate::tape::Tape;
 use crate::tensor::Shape;
 use crate::train::Config;
@@ -143,6 +143,9 @@ struct Measured<'a> {
     seconds: Option<f64>,
     bytes: u64,
     flops: u64,
+    /// Of a training step.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<Layer>,
 }
 
 impl Args {
@@ -201,6 +204,11 @@ impl Args {
                 seconds: Profile::seconds(profile),
                 bytes: profile.bytes(),
                 flops: profile.flops(),
+                layers: if self.what.step {
+                    profile.layers()
+                } else {
+                    Vec::new()
+                },
                 profile,
             };
             let document = Document {
@@ -325,7 +333,8 @@ const SLOWEST: usize = 16;
 fn print(profile: &Profile, roof: Option<&Roof>, step: bool) -> Result<()> {
     outln!("\n{}", profile.title);
     if step {
-        print_operations(profile, roof)?;
+        print_layers(profile)?;
+        print_operations(profile)?;
         outln!("\nslowest steps");
     }
     let mut rows: Vec<&Row> = profile.rows.iter().collect();
@@ -398,42 +407,82 @@ fn print(profile: &Profile, roof: Option<&Roof>, step: bool) -> Result<()> {
     )
 }
 
-/// Sums over the steps of each operation, slowest first.
-fn print_operations(profile: &Profile, roof: Option<&Roof>) -> Result<()> {
-    let mut sums: Vec<(&str, usize, Line)> = Vec::new();
-    for row in &profile.rows {
-        let known = sums.iter().position(|(name, ..)| *name == row.operation);
-        let at = known.unwrap_or_else(|| {
-            sums.push((row.operation, 0, Line::default()));
-            sums.len() - 1
-        });
-        let (_, count, sum) = &mut sums[at];
-        *count += 1;
-        sum.seconds = row.seconds.map(|s| s + sum.seconds.unwrap_or(0.0));
-        sum.bytes += row.bytes;
-        sum.flops += row.flops;
-        // Seconds at the roof, until all are known.
-        let least = roof.map(|roof| roof.seconds(row.bytes, row.flops));
-        sum.roofline = least.map(|s| s + sum.roofline.unwrap_or(0.0));
+/// Sums over the steps of each layer, forward and backward, in the order of the network.
+fn print_layers(profile: &Profile) -> Result<()> {
+    let layers = profile.layers();
+    let name = |layer: &Layer| match layer.layer.as_str() {
+        "" => "(no layer)".to_owned(),
+        name => name.to_owned(),
+    };
+    let widths = layers.iter().map(|layer| name(layer).chars().count());
+    let width = widths.max().unwrap_or(0).max(10);
+    let columns =
+        |[time, mb, mflop, roof]: [&str; 4]| format!("{time:>8} {mb:>7} {mflop:>7} {roof:>5}");
+    outln!(
+        "{:<width$} {:>4} {} {}",
+        "layer",
+        "%",
+        columns(["forward", "MB", "MFLOP", "roof"]),
+        columns(["backward", "MB", "MFLOP", "roof"])
+    );
+    let total = profile.seconds();
+    let pass = |sum: &Sum| {
+        if sum.steps == 0 {
+            return columns(["–"; 4]);
+        }
+        columns([
+            &sum.seconds.map_or("–".to_owned(), time),
+            &format!("{:.1}", sum.bytes as f64 * 1e-6),
+            &format!("{:.1}", sum.flops as f64 * 1e-6),
+            &percent(sum.roofline),
+        ])
+    };
+    for layer in &layers {
+        let seconds = layer.forward.seconds.zip(layer.backward.seconds);
+        let share = seconds.zip(total).map(|((f, b), total)| (f + b) / total);
+        outln!(
+            "{:<width$} {:>4} {} {}",
+            name(layer),
+            share.map_or("–".to_owned(), |share| format!("{:.1}", 100.0 * share)),
+            pass(&layer.forward),
+            pass(&layer.backward)
+        );
     }
-    sums.sort_by(|a, b| {
-        b.2.seconds
-            .unwrap_or(0.0)
-            .total_cmp(&a.2.seconds.unwrap_or(0.0))
-    });
+    outln!("");
+    Ok(())
+}
+
+/// Sums over the steps of each operation, slowest first.
+fn print_operations(profile: &Profile) -> Result<()> {
+    let mut names: Vec<&str> = profile.rows.iter().map(|row| row.operation).collect();
+    names.sort_unstable();
+    names.dedup();
+    let sum = |name: &str| Sum::of(profile.rows.iter().filter(|row| row.operation == name));
+    let mut sums: Vec<(&str, Sum)> = names.into_iter().map(|name| (name, sum(name))).collect();
+    let seconds = |sum: &Sum| sum.seconds.unwrap_or(0.0);
+    sums.sort_by(|a, b| seconds(&b.1).total_cmp(&seconds(&a.1)));
     header("operation", "steps, share")?;
     let total = profile.seconds();
-    for (name, count, mut sum) in sums {
-        sum.roofline = sum.roofline.zip(sum.seconds).map(|(least, s)| least / s);
+    for (name, sum) in sums {
         let share = sum.seconds.zip(total).map_or(String::new(), |(s, total)| {
             format!(", {:.1} %", 100.0 * s / total)
         });
-        sum.print(name, &format!("{count}{share}"))?;
+        let line = Line {
+            seconds: sum.seconds,
+            bytes: sum.bytes,
+            flops: sum.flops,
+            roofline: sum.roofline,
+        };
+        line.print(name, &format!("{}{share}", sum.steps))?;
     }
     Ok(())
 }
 
-#[derive(Clone, Copy, Default)]
+fn percent(share: Option<f64>) -> String {
+    share.map_or("–".to_owned(), |share| format!("{:.0} %", 100.0 * share))
+}
+
+#[derive(Clone, Copy)]
 struct Line {
     seconds: Option<f64>,
     bytes: u64,
@@ -460,9 +509,7 @@ impl Line {
             let rate = self.seconds.map(|s| amount as f64 / s * 1e-9);
             rate.map_or("–".to_owned(), |rate| format!("{rate:.digits$}"))
         };
-        let roof = self
-            .roofline
-            .map_or("–".to_owned(), |r| format!("{:.0} %", 100.0 * r));
+        let roof = percent(self.roofline);
         outln!(
             "{first:<26} {second:<16} {:>10} {:>9.3} {:>7} {:>8.2} {:>8} {roof:>5}",
             self.seconds.map_or("–".to_owned(), time),

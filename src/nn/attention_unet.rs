@@ -33,8 +33,10 @@ impl AttentionUNet {
         let maps = network.scope("encoder", |n| self.encoder.record(n, images))?;
         let bottleneck = maps[maps.len() - 1];
         let malignancy = if heads.malignancy {
-            let pooled = network.tape().push(GlobalAvgPool, &[bottleneck])?;
-            let pooled = network.dropout(pooled, self.dropout)?;
+            let pooled = network.scope("malignancy", |n| {
+                let pooled = n.tape().push(GlobalAvgPool, &[bottleneck])?;
+                n.dropout(pooled, self.dropout)
+            })?;
             Some(network.logit("malignancy", pooled)?)
         } else {
             None

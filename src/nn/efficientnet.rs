@@ -82,14 +82,14 @@ impl EfficientNet {
             for j in 0..stage.blocks {
                 let stride = if j == 0 { stage.stride } else { 1 };
                 let rate = self.stochastic_depth * block as f64 / blocks as f64;
-                let name = format!("features.{}.{j}.block", i + 1);
-                let branch = network.scope(&name, |n| branch(n, x, stage, stride))?;
-                let joins = network.shape(branch) == network.shape(x);
-                x = if joins {
-                    network.stochastic_depth(branch, x, rate)?
-                } else {
-                    branch
-                };
+                x = network.scope(&format!("features.{}.{j}", i + 1), |n| {
+                    let branch = n.scope("block", |n| branch(n, x, stage, stride))?;
+                    if n.shape(branch) == n.shape(x) {
+                        n.stochastic_depth(branch, x, rate)
+                    } else {
+                        Ok(branch)
+                    }
+                })?;
                 block += 1;
             }
         }

@@ -35,28 +35,37 @@ impl UNet {
         for (level, &width) in self.widths.iter().enumerate() {
             if level > 0 {
                 skips.push(x);
+            }
+            x = network.scope(&format!("encoder.{level}"), |n| {
                 let pool = MaxPool2d {
                     kernel: [2, 2],
                     stride: [2, 2],
                     padding: [0, 0],
                 };
-                x = network.tape().push(pool, &[x])?;
-            }
-            x = network.scope(&format!("encoder.{level}"), |n| block(n, x, width))?;
+                let x = if level > 0 {
+                    n.tape().push(pool, &[x])?
+                } else {
+                    x
+                };
+                block(n, x, width)
+            })?;
         }
         let malignancy = if heads.malignancy {
-            let pooled = network.tape().push(GlobalAvgPool, &[x])?;
-            let pooled = network.dropout(pooled, self.dropout)?;
+            let pooled = network.scope("malignancy", |n| {
+                let pooled = n.tape().push(GlobalAvgPool, &[x])?;
+                n.dropout(pooled, self.dropout)
+            })?;
             Some(network.logit("malignancy", pooled)?)
         } else {
             None
         };
         let mask = if heads.mask {
             for (level, &skip) in skips.iter().enumerate().rev() {
-                x = network.tape().push(Upsample2x, &[x])?;
-                x = network.tape().push(Concat, &[skip, x])?;
-                let width = self.widths[level];
-                x = network.scope(&format!("decoder.{level}"), |n| block(n, x, width))?;
+                x = network.scope(&format!("decoder.{level}"), |n| {
+                    let up = n.tape().push(Upsample2x, &[x])?;
+                    let joint = n.tape().push(Concat, &[skip, up])?;
+                    block(n, joint, self.widths[level])
+                })?;
             }
             Some(network.logit("mask", x)?)
         } else {

@@ -16,7 +16,7 @@ use crate::device::cpu;
 use crate::device::gpu::{self, Gpu};
 use crate::error::{Error, Result};
 use crate::ops::control;
-use crate::tape::{Kind, Options, Plan, Slot, Tape, Value, Var};
+use crate::tape::{self, Kind, Options, Plan, Slot, Tape, Value, Var};
 use crate::tensor::Shape;
 
 pub use features::{Block, fused, unfused};
@@ -73,6 +73,10 @@ pub struct Row {
     pub operation: &'static str,
     /// Name of its first output.
     pub output: String,
+    /// Dotted path of the layer that it belongs to; empty for the optimizer and whatever is in no layer.
+    pub layer: String,
+    /// Whether it belongs to the backward pass.
+    pub backward: bool,
     /// N, H, W, C of its largest input or output.
     pub shape: [usize; 4],
     /// N, H, W, C of each input.
@@ -92,6 +96,57 @@ pub struct Row {
     /// In the last replay (processor).
     #[serde(skip)]
     last: Option<Span>,
+}
+
+/// Sums over steps.
+#[derive(Clone, Copy, PartialEq, Default, Debug, Serialize)]
+pub struct Sum {
+    /// Number of steps.
+    pub steps: usize,
+    /// Compulsory traffic.
+    pub bytes: u64,
+    /// Arithmetic; a fused multiply-add counts two.
+    pub flops: u64,
+    /// Seconds; none if a step has none.
+    pub seconds: Option<f64>,
+    /// Share of the roofline: seconds in which the machine could do all steps, one after the other, over those
+    /// that they took.
+    pub roofline: Option<f64>,
+}
+
+impl Sum {
+    /// Over `rows`.
+    pub fn of<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Self {
+        let mut sum = Self {
+            seconds: Some(0.0),
+            ..Self::default()
+        };
+        let mut least = Some(0.0);
+        for row in rows {
+            sum.steps += 1;
+            sum.bytes += row.bytes;
+            sum.flops += row.flops;
+            let both = row.seconds.zip(row.roofline);
+            least = least.zip(both).map(|(sum, (s, share))| sum + s * share);
+            sum.seconds = sum.seconds.zip(row.seconds).map(|(sum, s)| sum + s);
+        }
+        let share = least.zip(sum.seconds).filter(|&(_, seconds)| seconds > 0.0);
+        sum.roofline = share.map(|(least, seconds)| least / seconds);
+        sum
+    }
+}
+
+/// A layer of a network in a training step.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Layer {
+    /// Dotted path; empty for the optimizer and whatever is in no layer.
+    pub layer: String,
+    /// N, H, W, C of its result.
+    pub shape: [usize; 4],
+    /// Its forward pass.
+    pub forward: Sum,
+    /// Its backward pass, forward steps that are run again included.
+    pub backward: Sum,
 }
 
 /// A measured plan.
@@ -124,6 +179,27 @@ impl Profile {
     /// Arithmetic of one replay.
     pub fn flops(&self) -> u64 {
         self.rows.iter().map(|row| row.flops).sum()
+    }
+
+    /// Sums over the steps of each layer, in the order in which layers first appear.
+    pub fn layers(&self) -> Vec<Layer> {
+        let mut names: Vec<&str> = Vec::new();
+        for row in &self.rows {
+            if !names.contains(&row.layer.as_str()) {
+                names.push(&row.layer);
+            }
+        }
+        let layer = |name: &str| {
+            let rows = || self.rows.iter().filter(|row| row.layer == name);
+            let result = rows().filter(|row| !row.backward).last();
+            Layer {
+                layer: name.to_owned(),
+                shape: result.map_or([0; 4], |row| row.outputs[0]),
+                forward: Sum::of(rows().filter(|row| !row.backward)),
+                backward: Sum::of(rows().filter(|row| row.backward)),
+            }
+        };
+        names.into_iter().map(layer).collect()
     }
 
     /// The last replay as events of a Chrome trace, for Perfetto and `chrome://tracing`: one a step or, on
@@ -161,13 +237,20 @@ fn rows(plan: &Plan) -> Vec<Row> {
             let narrow = values().filter(|(slot, _)| slot.narrow);
             let saved: usize = narrow.map(|(slot, _)| 2 * slot.len).sum();
             let shape = values().map(|&(_, shape)| shape).max_by_key(|s| s.len());
-            let output = step.outputs.first();
+            let output = step.outputs.first().map(|v| &plan.values()[v.index()]);
+            // The optimizer writes the parameters of all layers.
+            let layer = output.filter(|value| value.kind != Kind::Parameter);
             let extents = |s: Shape| [s.n, s.h, s.w, s.c];
             let all = |of: &[(Slot, Shape)]| of.iter().map(|&(_, s)| extents(s)).collect();
             Row {
                 step: index,
                 operation: step.op.name(),
-                output: output.map_or_else(String::new, |v| plan.values()[v.index()].name.clone()),
+                output: output.map_or_else(String::new, |value| value.name.clone()),
+                layer: layer
+                    .and_then(|value| tape::layer(&value.name))
+                    .unwrap_or_default()
+                    .to_owned(),
+                backward: step.backward,
                 shape: shape.map_or([0; 4], extents),
                 inputs: all(&step.read),
                 outputs: all(&step.write),

@@ -80,6 +80,11 @@ pub struct Value {
     pub narrow: bool,
 }
 
+/// The part of a value's name that says which layer it belongs to.
+pub(crate) fn layer(name: &str) -> Option<&str> {
+    name.rsplit_once('.').map(|(layer, _)| layer)
+}
+
 /// One operation applied to values.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -331,6 +336,9 @@ impl Tape {
                 continue;
             }
             self.origin = Some(index);
+            // Gradients are named after the layer that they belong to.
+            let layer = layer(self.name(step.outputs[0])).map(str::to_owned);
+            let scopes = std::mem::replace(&mut self.scopes, layer.into_iter().collect());
             let mut backward = Backward {
                 output_gradients: step.outputs.iter().map(|v| gradients[v.index()]).collect(),
                 wanted: step.inputs.iter().map(|v| needed[v.index()]).collect(),
@@ -340,8 +348,11 @@ impl Tape {
                 tape: self,
                 step: &step,
             };
-            step.op.backward(&mut backward)?;
-            let found = backward.input_gradients.into_iter().zip(backward.summed);
+            let result = step.op.backward(&mut backward);
+            let (found, summed) = (backward.input_gradients, backward.summed);
+            self.scopes = scopes;
+            result?;
+            let found = found.into_iter().zip(summed);
             for (&input, (gradient, summed)) in step.inputs.iter().zip(found) {
                 let Some(gradient) = gradient else { continue };
                 let sum = match gradients[input.index()] {

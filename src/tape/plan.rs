@@ -94,6 +94,8 @@ pub struct PlannedStep {
     pub scratch: Slot,
     /// The input that output 0 overwrites.
     pub in_place: Option<usize>,
+    /// Whether it belongs to the backward pass, reruns of forward steps included.
+    pub backward: bool,
     /// Arithmetic and compulsory traffic.
     pub cost: Cost,
     /// Words of the arena that are alive while this step runs, without persistent values.
@@ -414,6 +416,7 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
                 write,
                 scratch,
                 in_place: in_place[index],
+                backward: step.origin.is_some(),
                 alive: alive[index],
             }
         })
