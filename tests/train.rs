@@ -1013,6 +1013,86 @@ fn a_run_can_start_from_another_ones_weights() {
     run(&own, &[], true).unwrap();
 }
 
+/// Every twentieth image of BrEaST, as `folder:` reads them.
+fn real_data(folder: &Path) -> String {
+    use echograd::data::image::write_png;
+    let root = std::env::var("ECHOGRAD_DATA").unwrap();
+    let source = echograd::data::open(&format!("breast:{root}/BrEaST")).unwrap();
+    for sub in ["images", "masks"] {
+        fs::create_dir_all(folder.join(sub)).unwrap();
+    }
+    let mut labels = "image,label\n".to_owned();
+    let lesions = (0..source.cases().len()).filter(|&i| source.cases()[i].label.is_lesion());
+    for (k, i) in lesions.step_by(20).take(12).enumerate() {
+        let (name, label) = (format!("{k:02}.png"), source.cases()[i].label);
+        write_png(
+            &folder.join("images").join(&name),
+            &source.image(i).unwrap(),
+        )
+        .unwrap();
+        write_png(&folder.join("masks").join(&name), &source.mask(i).unwrap()).unwrap();
+        labels += &format!("{name},{label}\n");
+    }
+    fs::write(folder.join("labels.csv"), labels).unwrap();
+    format!("folder:{}", folder.display())
+}
+
+/// The preset of the paper at its own extent, on eight real images, two a step.
+#[test]
+#[cfg_attr(not(echograd_data), ignore = "set ECHOGRAD_DATA")]
+fn the_papers_network_trains_on_real_images_and_resumes_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = real_data(&folder.path().join("data"));
+    // The same pictures again and again, but for flips: the loss of few steps is noisy enough.
+    let plain = [
+        "affine",
+        "elastic",
+        "gamma",
+        "contrast",
+        "speckle",
+        "blur",
+        "depth_gain",
+    ];
+    let plain = plain.map(|name| (format!("augment.p_{name}"), "0".to_owned()));
+    let mut settings = owned(&[
+        ("preset", "efficientnet-b1"),
+        ("data", &data),
+        ("batch", "2"),
+        ("folds", "3"),
+        ("epochs", "5"),
+        ("optimizer.learning_rate", "2e-3"),
+        ("optimizer.warmup", "0"),
+        ("optimizer.schedule", "constant"),
+    ]);
+    settings.extend(plain);
+    let [whole, parts] = ["whole", "parts"].map(|name| folder.path().join(name));
+    run(&whole, &settings, false).unwrap();
+    let interrupted = run_until(&parts, &settings, false, 13);
+    assert!(matches!(interrupted, Err(Error::Interrupted)));
+    run(&parts, &settings, true).unwrap();
+    assert!(traces(&whole) == traces(&parts));
+
+    let mut rows = csv::Reader::from_path(whole.join("metrics.csv")).unwrap();
+    let header = rows.headers().unwrap().clone();
+    let at = header.iter().position(|name| name == "loss").unwrap();
+    let losses = rows.records().map(|row| row.unwrap()[at].parse().unwrap());
+    let losses: Vec<f64> = losses.collect();
+    assert!(losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
+    let [early, late] = [&losses[..2], &losses[3..]].map(|l| l.iter().sum::<f64>());
+    assert!(late < 0.93 * early, "{losses:?}");
+
+    on_threads(1, || {
+        let config = Config::load(Some(&whole.join("config.toml")), &[]).unwrap();
+        let step = TrainingStep::record(&config, true).unwrap();
+        let mut session = step.session::<f32>(0, None).unwrap();
+        assert_eq!(session.bytes(), session.plan().len() * size_of::<f32>());
+        session.run();
+        let before = ALLOCATIONS.get();
+        session.run();
+        assert_eq!(ALLOCATIONS.get() - before, 0);
+    });
+}
+
 #[test]
 fn what_is_there_is_not_overwritten_and_another_run_is_not_resumed() {
     let folder = tempfile::tempdir().unwrap();
