@@ -4,7 +4,8 @@
     python benches/peers/inference.py target/release/deps/inference-<hash> [rounds] [preset size batch]
 
 The same network on both sides with random weights, same number of threads; the least and the median of all rounds
-count. PyTorch runs the module in evaluation as it is, and as a second peer with its own folding of batch
+count. A measurement is the least of three runs in a row, after a pause, since the threads of either side go on
+spinning for a while when they have nothing to do and would take the other's cores. PyTorch runs the module in evaluation as it is, and as a second peer with its own folding of batch
 normalisations into convolutions.
 """
 
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 
+PAUSE = 0.3
+RUNS = 3
 THREADS = os.environ.setdefault("RAYON_NUM_THREADS", "2")
 import torch  # noqa: E402  (after the environment is set)
 from torch import nn  # noqa: E402
@@ -41,7 +44,7 @@ def folded(net):
 
 
 def main():
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 30
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 15
     preset, size, batch = sys.argv[3:] or ["efficientnet-b1", "256", "1"]
     widths = [16, 32, 64, 128, 256]
 
@@ -62,17 +65,20 @@ def main():
                 x.contiguous(memory_format=order),
             )
     times = {"ours": [], **{name: [] for name in kinds}}
+    def run(model, images):
+        start = time.perf_counter()
+        model(images)
+        return (time.perf_counter() - start) * 1e3
+
     with torch.inference_mode():
-        for round in range(-3, rounds):
+        for model, images in kinds.values():
+            model(images)
+        for _ in range(rounds):
             for name, (model, images) in kinds.items():
-                start = time.perf_counter()
-                model(images)
-                elapsed = (time.perf_counter() - start) * 1e3
-                if round >= 0:
-                    times[name].append(elapsed)
-            elapsed = float(ask(1))
-            if round >= 0:
-                times["ours"].append(elapsed)
+                time.sleep(PAUSE)
+                times[name].append(min(run(model, images) for _ in range(RUNS)))
+            time.sleep(PAUSE)
+            times["ours"].append(float(ask(RUNS)))
 
     def median(values):
         return sorted(values)[len(values) // 2]
