@@ -1,11 +1,10 @@
 // What becomes of a tensor's values while a kernel has them in registers: the activation, and statistics of
-// each channel.
+// each channel. To be included behind device.cuh.
 //
 // Statistics follow Chan, Golub & LeVeque (1983): a few values of a channel have mean and squared deviations of
 // their own, which are merged with those before; so are threads, and the pieces of blocks. Nothing is ever the
 // difference of large sums.
 #pragma once
-#include "device.cuh"
 
 // ---- The activation ----
 

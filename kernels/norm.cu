@@ -14,6 +14,7 @@
 //     norm_gradient           12 / 6
 //
 // and between them one launch that adds the pieces up in f64, in an order that depends on sizes alone.
+#include "device.cuh"
 #include "epilogue.cuh"
 
 constexpr int kThreads = 256;

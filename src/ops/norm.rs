@@ -338,22 +338,23 @@ pub(super) fn draw(s: &mut Sampler, norm: Norm, shape: Shape) -> [Vec<f64>; 5] {
         let mean = s.values(groups, offset - 1.0, offset + 1.0);
         let var = s.values(groups, 0.1, 2.0);
         let given = (norm.statistics == Statistics::Constant).then_some((&mean[..], &var[..]));
-        loop {
+        while norm.activation == Activation::Relu {
             let [u, _, var_of_x] = reference(norm, shape, &x, &gamma, &beta, given);
+            if !u.iter().any(|&u| u > 0.1) {
+                break;
+            }
             // What a step of the finite differences can move u by, with room to spare.
             let rstd = var_of_x
                 .iter()
                 .fold(0.0f64, |m, v| m.max((v + norm.eps).sqrt().recip()));
             let gap = 5.0 * STEP * rstd.max(1.0);
-            let relu = norm.activation == Activation::Relu;
-            if relu && !u.iter().any(|&u| u > 0.1) {
-                break;
-            }
             let close = x.iter_mut().zip(&u).filter(|(_, u)| u.abs() < gap);
-            let redrawn = close.map(|(x, _)| *x = value(s)).count();
-            if !relu || redrawn == 0 {
+            if close.map(|(x, _)| *x = value(s)).count() == 0 {
                 return [x, gamma, beta, mean, var];
             }
+        }
+        if norm.activation != Activation::Relu {
+            return [x, gamma, beta, mean, var];
         }
     }
 }
