@@ -185,7 +185,7 @@ impl<'a> Network<'a> {
     /// `kernel` is odd.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] never for an odd `kernel`.
+    /// [`crate::Error::Shape`] in training if there is a single value per channel, else never for an odd `kernel`.
     pub fn conv_norm(
         &mut self,
         [conv, norm]: [&str; 2],
@@ -215,7 +215,7 @@ impl<'a> Network<'a> {
     /// As [`Network::conv_norm`] with a convolution of each channel by itself.
     ///
     /// # Errors
-    /// [`crate::Error::Shape`] never for an odd `kernel`.
+    /// As [`Network::conv_norm`].
     pub fn depthwise_conv_norm(
         &mut self,
         [conv, norm]: [&str; 2],

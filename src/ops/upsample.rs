@@ -66,20 +66,16 @@ impl<T: Real> simd::Kernel<T> for Row<'_, T> {
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
         let (c, pixels) = (self.c, self.near.len() / self.c);
-        let [less, more] = [0.25, 0.75].map(|w| L::splat(T::of(w)));
+        let (less, more) = (L::splat(T::of(0.25)), L::splat(T::of(0.75)));
         for channel in (0..c).step_by(L::N) {
-            let full = channel + L::N <= c;
-            let blend = |pixel: usize| {
-                let [near, far] =
-                    [self.near, self.far].map(|x| load::<L>(x, pixel * c, c, channel, full));
-                near * more + far * less
-            };
+            let at = Channels { c, channel };
+            let rows = [self.near, self.far];
             // Each blend of the two rows serves three columns.
-            let mut centre = blend(0);
+            let mut centre = blend::<L>(rows, 0, at);
             let mut left = centre;
             for pixel in 0..pixels {
                 let right = if pixel + 1 < pixels {
-                    blend(pixel + 1)
+                    blend::<L>(rows, pixel + 1, at)
                 } else {
                     centre
                 };
@@ -95,14 +91,25 @@ impl<T: Real> simd::Kernel<T> for Row<'_, T> {
     }
 }
 
-/// The lanes from `channel` on of the pixel of `c` channels that begins at `start`; `full` if it has them all.
-#[inline(always)]
-fn load<L: Lanes>(x: &[L::Elem], start: usize, c: usize, channel: usize, full: bool) -> L {
-    if full {
-        L::load(&x[start + channel..])
-    } else {
-        L::load_first(&x[start + channel..start + c])
+/// The lanes of a pixel of `c` channels from `channel` on.
+#[derive(Clone, Copy)]
+struct Channels {
+    c: usize,
+    channel: usize,
+}
+
+impl Channels {
+    #[inline(always)]
+    fn load<L: Lanes>(self, row: &[L::Elem], pixel: usize) -> L {
+        L::load_first(&row[pixel * self.c..][self.channel..self.c])
     }
+}
+
+/// Three quarters of the nearer row and one of the other.
+#[inline(always)]
+fn blend<L: Lanes>([near, far]: [&[L::Elem]; 2], pixel: usize, at: Channels) -> L {
+    let (near, far) = (at.load::<L>(near, pixel), at.load::<L>(far, pixel));
+    near * L::splat(L::Elem::of(0.75)) + far * L::splat(L::Elem::of(0.25))
 }
 
 impl Op for Upsample2x {
@@ -196,23 +203,19 @@ impl<T: Real> simd::Kernel<T> for GradientRow<'_, T> {
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
         let (c, pixels) = (self.c, self.dx.len() / self.c);
-        let [one, less, more] = [1.0, 0.25, 0.75].map(|w| L::splat(T::of(w)));
+        let one = L::splat(T::of(1.0));
+        let (less, more) = (L::splat(T::of(0.25)), L::splat(T::of(0.75)));
         for channel in (0..c).step_by(L::N) {
-            let full = channel + L::N <= c;
-            let column = |o: usize| {
-                self.rows.iter().fold(L::zero(), |sum, &(dy, weight)| {
-                    load::<L>(dy, o * c, c, channel, full).mul_add(L::splat(weight), sum)
-                })
-            };
+            let at = Channels { c, channel };
             // As the taps along a column: of the four columns, two serve the next pixel too.
-            let (mut before, mut first) = (L::zero(), column(0));
+            let (mut before, mut first) = (L::zero(), column::<L>(&self.rows, 0, at));
             for pixel in 0..pixels {
                 let last = pixel + 1 == pixels;
-                let second = column(2 * pixel + 1);
+                let second = column::<L>(&self.rows, 2 * pixel + 1, at);
                 let after = if last {
                     L::zero()
                 } else {
-                    column(2 * pixel + 2)
+                    column::<L>(&self.rows, 2 * pixel + 2, at)
                 };
                 let outer = (before + after) * less;
                 let sum = first.mul_add(if pixel == 0 { one } else { more }, outer);
@@ -223,6 +226,16 @@ impl<T: Real> simd::Kernel<T> for GradientRow<'_, T> {
             }
         }
     }
+}
+
+/// Column `o` of `dy`: its rows by their weights.
+#[inline(always)]
+fn column<L: Lanes>(rows: &[(&[L::Elem], L::Elem); 4], o: usize, at: Channels) -> L {
+    let mut sum = L::zero();
+    for &(dy, weight) in rows {
+        sum = at.load::<L>(dy, o).mul_add(L::splat(weight), sum);
+    }
+    sum
 }
 
 impl Op for Upsample2xGradient {

@@ -180,12 +180,14 @@ impl Correlation {
         this.x.n * this.cut().blocks.iter().product::<usize>()
     }
 
-    /// Pixels of a block.
-    pub fn pixels_of(&self, block: usize) -> usize {
+    /// Pixels of each block.
+    pub fn pixels_of(&self) -> impl Fn(usize) -> usize + Sync {
         let this = self.flattened();
         let cut = this.cut();
-        let [rows, columns] = this.extent(&cut, block);
-        rows.len() * columns.len()
+        move |block| {
+            let [rows, columns] = this.extent(&cut, block);
+            rows.len() * columns.len()
+        }
     }
 
     /// Rows and columns of output pixels of a block, which is numbered by image, row and column.

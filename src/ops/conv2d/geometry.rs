@@ -237,7 +237,7 @@ pub fn forward_with_statistics<T: Real>(
     let blocks = forward.blocks();
     let (sums, scratch) = scratch.split_at_mut(blocks * statistics::len(geometry.w.n));
     forward.run(level, x, w, Then::Statistics(sums), y, scratch);
-    statistics::finish(sums, blocks, |block| forward.pixels_of(block), mean, var);
+    statistics::finish(sums, blocks, forward.pixels_of(), mean, var);
 }
 
 /// `dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, o] · w[o, r, s, c]`.
