@@ -604,6 +604,19 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
     }
     let refused = message(search(&args(false), &(), &AtomicBool::new(false)));
     assert!(refused.contains("already holds a search"), "{refused}");
+    // A key that is unknown stops all, though the first method would not use it.
+    let unknown = [("loss.kapa".to_owned(), vec!["1".to_owned()])];
+    let nowhere = folder.path().join("nowhere");
+    let misspelt = SearchArgs {
+        grid: &unknown,
+        out: &nowhere,
+        ..args(false)
+    };
+    let refused = message(search(&misspelt, &(), &AtomicBool::new(false)));
+    assert!(
+        refused.ends_with("did you mean loss.kappa?") && !nowhere.exists(),
+        "{refused}"
+    );
     let other = SearchArgs {
         grid: &grid[..1],
         ..args(true)

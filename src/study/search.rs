@@ -93,6 +93,14 @@ pub fn search(
     watch: &dyn Watch,
     interrupt: &AtomicBool,
 ) -> Result<Searched> {
+    // Every key and value is checked before the first trial, those too that one method has no use for.
+    for method in &args.plan.methods {
+        for (key, values) in args.grid {
+            for value in values {
+                set(&method.config, key, value)?;
+            }
+        }
+    }
     begin(args)?;
     let mut searched = Searched {
         trials: Vec::new(),
@@ -104,12 +112,6 @@ pub fn search(
             .iter()
             .filter(|(key, _)| applies(method.config.arm, key))
             .collect();
-        // Every value is checked before the first trial.
-        for (key, values) in &keys {
-            for value in values {
-                set(&method.config, key, value)?;
-            }
-        }
         let mut best = (method.config.clone(), f64::NEG_INFINITY);
         let mut tried: Vec<Config> = Vec::new();
         let mut candidates = vec![(String::new(), String::new())];
