@@ -586,7 +586,7 @@ impl Material<'_> {
     }
 
     /// The mean over runs of a column of `metrics.csv`, by epoch.
-    fn history(&self, arm: &str, column: &dyn Fn(&Epoch) -> Option<f64>) -> Vec<(f64, f64)> {
+    fn history(&self, arm: &str, column: Column<'_>) -> Vec<(f64, f64)> {
         let mut values: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
         for (_, epochs) in self.histories.iter().filter(|(run, _)| run.arm == arm) {
             for epoch in epochs {
@@ -597,14 +597,8 @@ impl Material<'_> {
         values.into_iter().filter_map(point).collect()
     }
 
-    fn curves(
-        &self,
-        file: &str,
-        label: &str,
-        caption: &str,
-        column: &dyn Fn(&Epoch) -> Option<f64>,
-    ) -> Option<Figure> {
-        let lines: Vec<(usize, &str, Vec<(f64, f64)>)> = self
+    fn curves(&self, file: &str, label: &str, caption: &str, column: Column<'_>) -> Option<Figure> {
+        let lines: Vec<Line<'_>> = self
             .methods()
             .map(|(colour, method)| {
                 (
@@ -669,14 +663,14 @@ impl Material<'_> {
 
     fn weights(&self) -> Option<Figure> {
         let (_, method) = self.main_method()?;
-        let columns: [(&str, &dyn Fn(&Epoch) -> Option<f64>); 5] = [
+        let columns: [(&str, Column<'_>); 5] = [
             ("irregularity (shape)", &|e| e.prior_irregularity),
             ("orientation (not parallel)", &|e| e.prior_orientation),
             ("margin (not circumscribed)", &|e| e.prior_margin),
             ("roundness (oval to round)", &|e| e.prior_roundness),
             ("bias", &|e| e.prior_bias),
         ];
-        let lines: Vec<(usize, &str, Vec<(f64, f64)>)> = columns
+        let lines: Vec<Line<'_>> = columns
             .iter()
             .enumerate()
             .map(|(colour, (name, column))| (colour, *name, self.history(&method.name, column)))
@@ -948,8 +942,14 @@ fn five(values: &[f64]) -> Option<[f64; 6]> {
     ])
 }
 
+/// A colour, a name, and points by epoch.
+type Line<'a> = (usize, &'a str, Vec<(f64, f64)>);
+
+/// A column of `metrics.csv`.
+type Column<'a> = &'a dyn Fn(&Epoch) -> Option<f64>;
+
 /// Named lines over epochs.
-fn lines_plot(label: &str, lines: &[(usize, &str, Vec<(f64, f64)>)]) -> Option<Plot> {
+fn lines_plot(label: &str, lines: &[Line<'_>]) -> Option<Plot> {
     let points = || lines.iter().flat_map(|(_, _, points)| points);
     let x = Axis::around("epoch", points().map(|p| p.0))?;
     let mut plot = Plot::new(x, Axis::around(label, points().map(|p| p.1))?);

@@ -449,7 +449,7 @@ impl Comparison {
             holm: None,
         });
         let dice = DiceDifference::of(&both, strata);
-        (dice.is_some() || auc.is_some()).then(|| Self {
+        (dice.is_some() || auc.is_some()).then_some(Self {
             a,
             b,
             runs,
