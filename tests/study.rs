@@ -450,7 +450,7 @@ fn what_can_be_computed_is_and_the_rest_says_why_not() {
 
     // A target without masks has an AUC, one without labels has Dice; one without both is none.
     let classes = |i: usize| {
-        if i / 2 % 2 == 0 {
+        if (i / 2).is_multiple_of(2) {
             "benign"
         } else {
             "malignant"
@@ -509,7 +509,7 @@ fn data_that_changed_are_noticed_before_going_on() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let classes = |i: usize| {
-        if i / 2 % 2 == 0 {
+        if (i / 2).is_multiple_of(2) {
             "benign"
         } else {
             "malignant"
@@ -593,7 +593,7 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
     );
     for method in &searched.methods {
         let mut of = searched.trials.iter().filter(|t| t.arm == method.name);
-        let best = of.clone().filter(|t| t.best).last().unwrap();
+        let best = of.clone().rfind(|t| t.best).unwrap();
         assert!(of.all(|t| t.score <= best.score));
     }
     let overlay = Overlay::read(Some(&out.join("choice.toml")), &[]).unwrap();
