@@ -544,23 +544,27 @@ FOR_EACH_TYPE(GRADIENT)
 struct Lanes {
     size_t row;
     unsigned lane, lanes, channels;
+    // 1 / channels, once: a division is a call.
+    float share;
     bool exists;
 
     __device__ __forceinline__ Lanes(size_t rows, unsigned channels, unsigned lanes)
         : row(blockIdx.x * static_cast<size_t>(kThreads / lanes) + threadIdx.x / lanes),
-          lane(threadIdx.x % lanes), lanes(lanes), channels(channels), exists(row < rows) {}
+          lane(threadIdx.x % lanes), lanes(lanes), channels(channels),
+          share(1.0f / static_cast<float>(channels)), exists(row < rows) {}
 
-    // Σ f(channel) over the row, in all of its lanes; f adds n elements from a channel on.
-    template <int n, class F>
-    __device__ __forceinline__ float sum(F f) const {
-        float sum = 0.0f;
+    // Adds to sums what f does over the row, in all of its lanes; f adds n elements from a channel on.
+    template <int n, int Count, class F>
+    __device__ __forceinline__ void add(float (&sums)[Count], F f) const {
         if (exists) {
-            for (unsigned channel = lane * n; channel < channels; channel += lanes * n) f(channel, sum);
+            for (unsigned channel = lane * n; channel < channels; channel += lanes * n) f(channel, sums);
         }
         for (unsigned offset = lanes / 2; offset > 0; offset /= 2) {
-            sum += __shfl_xor_sync(kFullWarp, sum, static_cast<int>(offset));
+#pragma unroll
+            for (int k = 0; k < Count; ++k) {
+                sums[k] += __shfl_xor_sync(kFullWarp, sums[k], static_cast<int>(offset));
+            }
         }
-        return sum;
     }
 };
 
@@ -570,18 +574,19 @@ struct Moments {
 };
 template <int n, class T>
 __device__ __forceinline__ Moments row_moments(const T* from, const Lanes& of, float eps) {
-    const float count = static_cast<float>(of.channels);
-    const float mean = of.sum<n>([&](unsigned channel, float& sum) {
+    float sum[1] = {}, squares[1] = {};
+    of.add<n>(sum, [&](unsigned channel, float (&sum)[1]) {
         const Loaded<T, n> v(from + channel);
 #pragma unroll
-        for (int i = 0; i < n; ++i) sum += v[i];
-    }) / count;
-    const float squares = of.sum<n>([&](unsigned channel, float& sum) {
-        const Loaded<T, n> v(from + channel);
-#pragma unroll
-        for (int i = 0; i < n; ++i) sum = fmaf(v[i] - mean, v[i] - mean, sum);
+        for (int i = 0; i < n; ++i) sum[0] += v[i];
     });
-    return {mean, rsqrtf(squares / count + eps)};
+    const float mean = sum[0] * of.share;
+    of.add<n>(squares, [&](unsigned channel, float (&sum)[1]) {
+        const Loaded<T, n> v(from + channel);
+#pragma unroll
+        for (int i = 0; i < n; ++i) sum[0] = fmaf(v[i] - mean, v[i] - mean, sum[0]);
+    });
+    return {mean, rsqrtf(squares[0] * of.share + eps)};
 }
 
 template <int n, class T>
@@ -632,23 +637,22 @@ __device__ __forceinline__ void layer_norm_rows(const T* x, const D* dy, const f
     const T* from = x + of.row * of.channels;
     const D* slopes = dy + of.row * of.channels;
     const Moments row = row_moments<n>(from, of, eps);
-    const float of_g = of.sum<n>([&](unsigned channel, float& sum) {
-        const Loaded<D, n> w(slopes + channel);
-        const Loaded<float, n> scale(gamma + channel);
-#pragma unroll
-        for (int i = 0; i < n; ++i) sum = fmaf(w[i], scale[i], sum);
-    });
-    const float of_gx = of.sum<n>([&](unsigned channel, float& sum) {
+    // Σ γ·dy and Σ γ·dy·x̂.
+    float sums[2] = {};
+    of.add<n>(sums, [&](unsigned channel, float (&sums)[2]) {
         const Loaded<T, n> v(from + channel);
         const Loaded<D, n> w(slopes + channel);
         const Loaded<float, n> scale(gamma + channel);
 #pragma unroll
-        for (int i = 0; i < n; ++i) sum = fmaf(w[i] * scale[i], (v[i] - row.mean) * row.rstd, sum);
+        for (int i = 0; i < n; ++i) {
+            const float g = w[i] * scale[i];
+            sums[0] += g;
+            sums[1] = fmaf(g, (v[i] - row.mean) * row.rstd, sums[1]);
+        }
     });
     if (!of.exists || of.lane != 0) return;
-    const float count = static_cast<float>(of.channels);
-    *reinterpret_cast<Vector<float, 4>*>(moments + 4 * of.row) = {{row.mean, row.rstd, of_g / count,
-                                                                  of_gx / count}};
+    *reinterpret_cast<Vector<float, 4>*>(moments + 4 * of.row) = {{row.mean, row.rstd, sums[0] * of.share,
+                                                                  sums[1] * of.share}};
 }
 
 template <int n, class T, class D>
