@@ -155,8 +155,8 @@ fn replayed(config: &Config, step: &TrainingStep, backend: &Backend, steps: usiz
         .collect()
 }
 
-/// The same in f64 on the processor.
-fn exact(config: &Config, step: &TrainingStep) -> Vec<(String, Vec<f64>)> {
+/// One step in f64 on the processor, from weights as they are or rounded to bf16.
+fn exact(config: &Config, step: &TrainingStep, rounded: bool) -> Vec<(String, Vec<f64>)> {
     let mut session = step.session::<f64>(config.seed, Some(&PRIOR)).unwrap();
     // The weights that the others start from.
     let start = step.session::<f32>(config.seed, Some(&PRIOR)).unwrap();
@@ -164,7 +164,11 @@ fn exact(config: &Config, step: &TrainingStep) -> Vec<(String, Vec<f64>)> {
         .into_iter()
         .flat_map(|kind| step.tape.of_kind(kind))
     {
-        let values: Vec<f64> = start.read(var).iter().map(|&x| x.into()).collect();
+        let of = |&x: &f32| match rounded {
+            true => half::bf16::from_f32(x).into(),
+            false => f64::from(x),
+        };
+        let values: Vec<f64> = start.read(var).iter().map(of).collect();
         session.write(var, &values);
     }
     for (var, values) in inputs(config, step, 1) {
@@ -189,66 +193,78 @@ fn error(found: &[f32], expected: &[f64]) -> f64 {
     norm(&difference.collect::<Vec<f64>>())
 }
 
-/// Losses, the gradient's norm, every gradient (in AdamW's first moments), every updated parameter, moment, running
-/// statistic and average of one step, in f32: each tensor by its own norm.
-fn agrees(config: &Config, step: &TrainingStep) {
-    let expected = exact(config, step);
-    for (what, backend) in [("processor", Backend::Cpu), ("device", emulator(false))] {
-        let found = replayed(config, step, &backend, 1).remove(0);
-        let mut worst = (0.0, "");
-        for ((name, found), (_, expected)) in found.iter().zip(&expected) {
-            let distance = error(found, expected) / norm(expected).max(1e-6);
-            assert!(distance <= 2e-5, "{what}: {name} is {distance:.1e} off");
-            if distance > worst.0 {
-                worst = (distance, name);
-            }
-        }
-        println!("{what}: largest distance {:.1e}, {}", worst.0, worst.1);
-    }
-    agrees_in_bf16(config, step, &expected);
+const FIRST: &str = "adam.first.";
+const SECOND: &str = "adam.second.";
+
+/// All values whose names begin with `prefix`, one after the other.
+fn all(state: &[(String, Vec<f64>)], prefix: &str) -> Vec<f64> {
+    let of = state.iter().filter(|(name, _)| name.starts_with(prefix));
+    of.flat_map(|(_, values)| values.clone()).collect()
 }
 
-/// Gradients of activations are rounded to 8 bits before they are summed over all pixels, where most of them may
-/// cancel: a tensor's gradient is as good as its own size and, to a lesser degree, that of the whole allow. With ε = 0.1,
-/// a learning rate of 0.01 and β₁ = 0.9 a parameter is off by no more than its first moment.
-fn agrees_in_bf16(config: &Config, step: &TrainingStep, expected: &[(String, Vec<f64>)]) {
-    const MOMENT: &str = "adam.first.";
-    let found = replayed(config, step, &emulator(true), 1).remove(0);
-    let moments = expected.iter().filter(|(name, _)| name.starts_with(MOMENT));
-    let whole: Vec<f64> = moments.flat_map(|(_, m)| m.clone()).collect();
-    let (mut worst, mut squares) = ((0.0, ""), 0.0);
-    for ((name, found), (_, expected_values)) in found.iter().zip(expected) {
-        // Squares of the first moments.
-        if name.starts_with("adam.second.") {
-            continue;
-        }
-        let plain = name.trim_start_matches(MOMENT).trim_start_matches("ema.");
-        let moment = format!("{MOMENT}{plain}");
+/// Compares all that a step leaves: losses and the gradient's norm, every gradient (in AdamW's first moments), every
+/// updated parameter, moment, running statistic and average. Each must be within `gradients` of its size; what follows
+/// from gradients also of a fifth of the whole gradient's, since a sum over all pixels in which most cancels is as good
+/// as its terms. A parameter is off by no more than its first moment, by ε = 0.1, a learning rate of 0.01 and β₁ = 0.9.
+/// `others` is for what is no gradient. Returns the largest error as a share of what is allowed, and of what.
+fn compare<'a>(
+    found: &'a State,
+    expected: &[(String, Vec<f64>)],
+    [gradients, others]: [f64; 2],
+) -> (f64, &'a str) {
+    let whole = [FIRST, SECOND].map(|prefix| norm(&all(expected, prefix)));
+    let mut worst = (0.0, "");
+    for ((name, found), (_, values)) in found.iter().zip(expected) {
+        let size = norm(values);
+        let plain = name.trim_start_matches(FIRST).trim_start_matches("ema.");
+        let moment = format!("{FIRST}{plain}");
         let moment = expected.iter().find(|(name, _)| *name == moment);
-        let size = norm(expected_values);
         let allowed = match moment {
-            Some((_, moment)) => 0.1 * norm(moment) + 0.02 * norm(&whole) + 1e-6 * size,
-            None => 0.02 * size,
+            _ if name.starts_with(SECOND) => gradients * (2.0 * size + 0.2 * whole[1]),
+            Some((_, moment)) => gradients * (norm(moment) + 0.2 * whole[0]) + 1e-6 * size,
+            None if plain.ends_with("running_mean") => {
+                // Behind a normalisation without activation a mean is 0 but for rounding: its channels' spread counts.
+                let variance = plain.replace("running_mean", "running_var");
+                let variance = expected.iter().find(|(name, _)| *name == variance);
+                let batch = |&v: &f64| ((v - 0.9) / 0.1).max(0.0).sqrt();
+                let spread: Vec<f64> = variance.expect("beside it").1.iter().map(batch).collect();
+                others * (size + 0.1 * norm(&spread))
+            }
+            None => others * size,
         };
-        let error = error(found, expected_values);
-        if error / allowed > worst.0 {
-            worst = (error / allowed, name);
-        }
-        if name.starts_with(MOMENT) {
-            squares += error * error;
+        let share = error(found, values) / allowed;
+        if share > worst.0 || share.is_nan() {
+            worst = (share, name);
         }
     }
-    let distance = squares.sqrt() / norm(&whole);
+    worst
+}
+
+fn agrees(config: &Config, step: &TrainingStep) {
+    let expected = exact(config, step, false);
+    for (what, backend) in [("processor", Backend::Cpu), ("device", emulator(false))] {
+        let found = replayed(config, step, &backend, 1).remove(0);
+        let (share, name) = compare(&found, &expected, [2e-5, 2e-5]);
+        println!("{what}, f32: {share:.2} of what is allowed, {name}");
+        assert!(
+            share <= 1.0,
+            "{what}, f32: {name} is {share:.2} of what is allowed off"
+        );
+    }
+    // How much gradients mean in bf16: ReLU and max pooling have kinks, and a rounding that carries some pixels over one
+    // changes gradients by far more than itself. Rounded weights show by how much.
+    let gradient = all(&expected, FIRST);
+    let rounded = all(&exact(config, step, true), FIRST);
+    let difference = rounded.iter().zip(&gradient).map(|(a, b)| a - b);
+    let sensitivity = norm(&difference.collect::<Vec<f64>>()) / norm(&gradient);
+    let found = replayed(config, step, &emulator(true), 1).remove(0);
+    let (share, name) = compare(&found, &expected, [4.0 * sensitivity, 0.02]);
     println!(
-        "device, bf16: gradient {distance:.1e} off; largest share of what is allowed {:.2}, {}",
-        worst.0, worst.1
+        "bf16: rounded weights change the gradient by {sensitivity:.1e}; {share:.2} of what is allowed, {name}"
     );
-    assert!(distance <= 0.05, "the gradient is {distance:.1e} off");
     assert!(
-        worst.0 <= 1.0,
-        "{} is {:.2} of what is allowed off",
-        worst.1,
-        worst.0
+        sensitivity < 0.1 && share <= 1.0,
+        "{name} is {share:.2} of what is allowed off"
     );
 }
 
@@ -273,7 +289,7 @@ fn bits(states: &[State]) -> Vec<u32> {
 fn a_captured_step_a_launched_one_and_a_second_run_have_the_same_bits() {
     let (config, step) = unet();
     for narrow in [false, true] {
-        let graph = replayed(&config, &step, &emulator(narrow), 3);
+        let graph = replayed(&config, &step, &emulator(narrow), 2);
         let Backend::Gpu { gpu, .. } = emulator(narrow) else {
             unreachable!()
         };
@@ -283,7 +299,7 @@ fn a_captured_step_a_launched_one_and_a_second_run_have_the_same_bits() {
         let mut session = gpu::Session::new(&gpu, plan).unwrap();
         step.start(&mut session, config.seed, Some(&PRIOR)).unwrap();
         let mut launched = Vec::new();
-        for number in 1..=3 {
+        for number in 1..=2 {
             for (var, values) in inputs(&config, &step, number) {
                 session.write(var, &values).unwrap();
             }
@@ -330,7 +346,7 @@ fn what_is_fetched_is_what_the_replays_before_left() {
         "{planned} for {arena}"
     );
     let mut reports = Vec::new();
-    for number in 1..=20 {
+    for number in 1..=8 {
         for (var, values) in inputs(&config, &step, number) {
             session.write(var, &values).unwrap();
         }

@@ -393,25 +393,10 @@ struct Queued {
     number: u64,
     /// Images that count; the others fill the batch up.
     present: usize,
-    batch: Shown,
-}
-
-/// What the network is shown in a step.
-enum Shown {
-    /// A batch of the loader.
-    Made(Batch),
-    /// One that the device makes of the samples in its memory.
-    Requested(Request),
-}
-
-impl Shown {
-    /// Numbers of the images among those that are trained on.
-    fn indices(&self) -> &[usize] {
-        match self {
-            Self::Made(batch) => &batch.indices,
-            Self::Requested(request) => &request.indices,
-        }
-    }
+    /// Which images are shown.
+    request: Request,
+    /// They, if a loader made them; else a GPU makes them of the samples in its memory.
+    batch: Option<Batch>,
 }
 
 /// Where the batches come from, in order.
@@ -421,17 +406,21 @@ enum Batches {
 }
 
 impl Batches {
-    fn next(&mut self) -> Result<Shown> {
+    fn next(&mut self) -> Result<(Request, Option<Batch>)> {
         const ENOUGH: &str = "as many batches as steps";
         Ok(match self {
-            Self::Loader(loader) => Shown::Made(loader.next().expect(ENOUGH)?),
-            Self::Requests(requests) => Shown::Requested(requests.next().expect(ENOUGH)),
+            Self::Loader(loader) => {
+                let batch = loader.next().expect(ENOUGH)?;
+                let (epoch, indices) = (batch.epoch, batch.indices.clone());
+                (Request { epoch, indices }, Some(batch))
+            }
+            Self::Requests(requests) => (requests.next().expect(ENOUGH), None),
         })
     }
 
     /// Takes back what is no longer needed.
-    fn recycle(&mut self, shown: Option<Shown>) {
-        if let (Self::Loader(loader), Some(Shown::Made(batch))) = (self, shown) {
+    fn recycle(&mut self, batch: Option<Batch>) {
+        if let (Self::Loader(loader), Some(batch)) = (self, batch) {
             loader.recycle(batch);
         }
     }
@@ -625,7 +614,8 @@ impl<'a> Run<'a> {
         while !self.over() {
             let started = Instant::now();
             while self.position.step < self.per_epoch() {
-                let done = self.queue(batches.next()?)?;
+                let (request, batch) = batches.next()?;
+                let done = self.queue(request, batch)?;
                 batches.recycle(done);
                 self.position.step += 1;
                 let done = self.position.epoch * self.per_epoch() + self.position.step;
@@ -650,12 +640,13 @@ impl<'a> Run<'a> {
 
     /// Queues one step; the batch of the step before is returned, whose results are read only then, so that a
     /// device never waits for its host.
-    fn queue(&mut self, batch: Shown) -> Result<Option<Shown>> {
+    fn queue(&mut self, request: Request, batch: Option<Batch>) -> Result<Option<Batch>> {
         let Position { epoch, step, .. } = self.position;
         let images = self.data.fold.train.len() - step as usize * self.config.batch;
         let queued = Queued {
             number: epoch * self.per_epoch() + step + 1,
             present: images.min(self.config.batch),
+            request,
             batch,
         };
         self.feed(&queued)?;
@@ -668,26 +659,23 @@ impl<'a> Run<'a> {
 
     /// Writes a step's inputs.
     fn feed(&mut self, step: &Queued) -> Result<()> {
-        let Queued { number, batch, .. } = step;
-        let values = schedule::control(&self.config, *number, self.per_epoch());
+        let values = schedule::control(&self.config, step.number, self.per_epoch());
         let weight = |i: usize| if i < step.present { 1.0 } else { 0.0 };
         let class = |label: f32| self.data.class_weights[usize::from(label > 0.5)];
         let label = |&index: &usize| self.pool.target(index).label;
-        let labels: Vec<f32> = batch.indices().iter().map(label).collect();
+        let labels: Vec<f32> = step.request.indices.iter().map(label).collect();
         let weights: Vec<f32> = (0..labels.len()).map(weight).collect();
         let classes = labels.iter().zip(&weights).map(|(&l, w)| w * class(l));
         let classes: Vec<f32> = classes.collect();
         let targets = &self.step.targets;
         let pictures = [self.step.images, targets.masks];
-        match (batch, &mut self.augmenter, self.session.on_gpu()) {
-            (Shown::Requested(request), Some(augmenter), Some(session)) => {
-                augmenter.make(session, pictures, request)?;
-            }
-            (Shown::Made(batch), ..) => {
-                self.session.write(pictures[0], batch.images.data())?;
-                self.session.write(pictures[1], batch.masks.data())?;
-            }
-            _ => unreachable!("requests are for a GPU's augmenter"),
+        if let Some(batch) = &step.batch {
+            self.session.write(pictures[0], batch.images.data())?;
+            self.session.write(pictures[1], batch.masks.data())?;
+        } else if let (Some(augmenter), Some(session)) =
+            (&mut self.augmenter, self.session.on_gpu())
+        {
+            augmenter.make(session, pictures, &step.request)?;
         }
         for (var, values) in [
             (targets.labels, &labels[..]),
@@ -701,8 +689,8 @@ impl<'a> Run<'a> {
     }
 
     /// Adds the losses of the step whose results are still to be read, if there is one, to the epoch's sums, and
-    /// returns its batch.
-    fn settle(&mut self) -> Result<Option<Shown>> {
+    /// returns its batch, if a loader made one.
+    fn settle(&mut self) -> Result<Option<Batch>> {
         let Some(step) = self.queued.take() else {
             return Ok(None);
         };
@@ -719,7 +707,7 @@ impl<'a> Run<'a> {
             let value = present.then(|| values.next()).flatten();
             *sum += step.present as f64 * f64::from(*value.unwrap_or(&0.0));
         }
-        Ok(Some(step.batch))
+        Ok(step.batch)
     }
 
     /// Where the first value of a step that is not finite came from. Neither that step nor those queued behind it
@@ -733,7 +721,7 @@ impl<'a> Run<'a> {
         Ok(Error::NonFinite {
             step: step.number,
             tensor: tensor.unwrap_or_else(|| "an earlier step".to_owned()),
-            images: step.batch.indices().iter().map(name).collect(),
+            images: step.request.indices.iter().map(name).collect(),
         })
     }
 
