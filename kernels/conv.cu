@@ -20,6 +20,7 @@
 // What of the results goes to memory is put together in shared memory first, so that whole rows of channels are
 // written by 16 bytes a thread.
 #include "device.cuh"
+#include "epilogue.cuh"
 
 constexpr int kStages = 4;
 // A row of k in a stage of `correlate`.
@@ -430,8 +431,7 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
             for (int i = 0; i < Sums::kRows; ++i) sums.at(i, j) += b;
         }
     }
-    if (activation == kRelu) for_each(sums, [](float& y) { y = activate(y, kRelu); });
-    if (activation == kSilu) for_each(sums, [](float& y) { y = activate(y, kSilu); });
+    with_activation(activation, [&](auto a) { for_each(sums, [&](float& y) { y = a.apply(y); }); });
     if (statistics != nullptr) {
         const int first = first_row + warp_row;
         store_statistics(sums, static_cast<Vector<float, 2>*>(statistics), min(of.pixels - first, Sums::kTileRows),
@@ -474,7 +474,7 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     }
 }
 
-// y from x and w, weights in T's storage; tiles of `rows` × `columns`. bias: f32 or null; activation: Activation's.
+// y from x and w, weights in T's storage; tiles of `rows` × `columns`. bias: f32 or null; activation: of epilogue.cuh.
 // statistics: null, or of pixels i·R .. of each output channel its mean and Σ (y − mean)², a Vector<float, 2> at
 // [i][output], R the rows of a warp. phases: the correlations that make up y, `phase_count` of them.
 // Grid: phase_count · ceil(most pixels / rows) · column_tiles blocks of `threads`, column_tiles =

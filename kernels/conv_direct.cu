@@ -10,6 +10,7 @@
 // takes every lanes-th channel, and a tree adds them. Each element's operands come from the caches, so this is
 // bound by loads: two for each product, shared by a warp where one operand has no channels of its own.
 #include "device.cuh"
+#include "epilogue.cuh"
 
 constexpr int kThreads = 256;
 
@@ -73,7 +74,9 @@ __device__ __forceinline__ void convolve(const T* x, const float* weights, const
         if (bias != nullptr && share.lane == 0) sum += bias[channel.remainder];
     }
     sum = add_lanes(sum, lanes);
-    if (i < len && share.lane == 0) y[i] = from_float<T>(activate(sum, activation));
+    if (i < len && share.lane == 0) {
+        with_activation(activation, [&](auto a) { y[i] = from_float<T>(a.apply(sum)); });
+    }
 }
 
 // dx, of len elements, from dy: dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, o] · w[o, r, s, c].

@@ -216,14 +216,6 @@ __device__ __forceinline__ Sigmoid sigmoid(float x) {
     return x < 0.0f ? Sigmoid{small, large} : Sigmoid{large, small};
 }
 
-// What a kernel applies to its results at the end, by number. NaN stays NaN.
-enum Activation { kIdentity, kRelu, kSilu };
-__device__ __forceinline__ float activate(float x, int activation) {
-    if (activation == kRelu) return x < 0.0f ? 0.0f : x;
-    if (activation == kSilu) return x * sigmoid(x).value;
-    return x;
-}
-
 // Philox4x32-10 (Salmon et al. 2011), as src/device/philox.rs: block `counter` of a stream of a seed.
 __device__ __forceinline__ uint4 philox(unsigned long long seed, unsigned long long stream,
                                         unsigned long long counter) {

@@ -326,7 +326,7 @@ impl Product {
             Full::from(table).word(),
             at.int(self.parts.len())?.word(),
             at.int(self.outputs.div_ceil(tile.columns))?.word(),
-            (finish.activation as i32).word(),
+            finish.activation.number().word(),
         ];
         let grid = Grid::new(self.blocks(tile), tile.threads as u32)
             .with_shared(STAGES * (tile.rows + tile.columns) * ROW);
@@ -803,7 +803,7 @@ fn direct_forward(
         y: y.into(),
         len: len as u64,
         lanes: at.int(lanes)?,
-        activation: finish.activation as i32,
+        activation: finish.activation.number(),
         extents,
     };
     at.launch(Grid::cover(len * lanes, THREADS as u32), &arguments)?;
