@@ -338,7 +338,10 @@ pub(super) fn draw(s: &mut Sampler, norm: Norm, shape: Shape) -> [Vec<f64>; 5] {
         let mean = s.values(groups, offset - 1.0, offset + 1.0);
         let var = s.values(groups, 0.1, 2.0);
         let given = (norm.statistics == Statistics::Constant).then_some((&mean[..], &var[..]));
-        while norm.activation == Activation::Relu {
+        if norm.activation != Activation::Relu {
+            return [x, gamma, beta, mean, var];
+        }
+        loop {
             let [u, _, var_of_x] = reference(norm, shape, &x, &gamma, &beta, given);
             if !u.iter().any(|&u| u > 0.1) {
                 break;
@@ -352,9 +355,6 @@ pub(super) fn draw(s: &mut Sampler, norm: Norm, shape: Shape) -> [Vec<f64>; 5] {
             if close.map(|(x, _)| *x = value(s)).count() == 0 {
                 return [x, gamma, beta, mean, var];
             }
-        }
-        if norm.activation != Activation::Relu {
-            return [x, gamma, beta, mean, var];
         }
     }
 }

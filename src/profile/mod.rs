@@ -191,7 +191,7 @@ impl Profile {
         }
         let layer = |name: &str| {
             let rows = || self.rows.iter().filter(|row| row.layer == name);
-            let result = rows().filter(|row| !row.backward).last();
+            let result = rows().rfind(|row| !row.backward);
             Layer {
                 layer: name.to_owned(),
                 shape: result.map_or([0; 4], |row| row.outputs[0]),

@@ -850,7 +850,7 @@ mod tests {
                 .chain([last])
                 .filter(|&i| i <= last)
             {
-                let found = u64::from(i) * u64::from(multiplier) >> shift;
+                let found = (u64::from(i) * u64::from(multiplier)) >> shift;
                 assert_eq!(found, u64::from(i / d), "{i} / {divisor}");
             }
         }
