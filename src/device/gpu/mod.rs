@@ -83,6 +83,7 @@ pub(crate) trait End: Send + Sync {
 }
 
 /// Most bytes of an [`End::fetch`].
+#[cfg(any(feature = "cuda", feature = "emulator"))]
 const FETCH: usize = 4 << 10;
 
 /// What a GPU is, as far as times can be predicted from it.
