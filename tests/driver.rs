@@ -347,7 +347,16 @@ fn copies_of_any_length_arrive() {
 fn copies() {
     let gpu = Gpu::cuda().unwrap();
     let piece = 4 << 20;
-    let sizes = [1, piece - 1, piece, piece + 1, 3 * piece, 5 * piece + 17];
+    // The last comes back to pieces whose copies wait.
+    let sizes = [
+        1,
+        piece - 1,
+        piece,
+        piece + 1,
+        3 * piece,
+        5 * piece + 17,
+        17 * piece + 5,
+    ];
     let bytes = |seed: usize, len: usize| -> Vec<u8> {
         (0..len)
             .map(|i| (i.wrapping_mul(31) + i / 251 + seed) as u8)

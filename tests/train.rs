@@ -1037,7 +1037,7 @@ fn real_data(folder: &Path) -> String {
     format!("folder:{}", folder.display())
 }
 
-/// The preset of the paper at its own extent, on eight real images, two a step.
+/// The preset of the paper at its own extent, on eight real images, two a step: 52 steps.
 #[test]
 #[cfg_attr(not(echograd_data), ignore = "set ECHOGRAD_DATA")]
 fn the_papers_network_trains_on_real_images_and_resumes_bit_for_bit() {
@@ -1059,7 +1059,7 @@ fn the_papers_network_trains_on_real_images_and_resumes_bit_for_bit() {
         ("data", &data),
         ("batch", "2"),
         ("folds", "3"),
-        ("epochs", "5"),
+        ("epochs", "13"),
         ("optimizer.learning_rate", "2e-3"),
         ("optimizer.warmup", "0"),
         ("optimizer.schedule", "constant"),
@@ -1078,7 +1078,7 @@ fn the_papers_network_trains_on_real_images_and_resumes_bit_for_bit() {
     let losses = rows.records().map(|row| row.unwrap()[at].parse().unwrap());
     let losses: Vec<f64> = losses.collect();
     assert!(losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
-    let [early, late] = [&losses[..2], &losses[3..]].map(|l| l.iter().sum::<f64>());
+    let [early, late] = [&losses[..2], &losses[losses.len() - 2..]].map(|l| l.iter().sum::<f64>());
     assert!(late < 0.93 * early, "{losses:?}");
 
     on_threads(1, || {
@@ -1164,7 +1164,7 @@ fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
         (&[7; 64][..], "bytes announced in a file of 64"),
     ] {
         fs::write(&path, bytes).unwrap();
-        let text = message(Model::open(&out, Device::Cpu).map(drop));
+        let text = message(Model::open(&out, Device::Cpu, 1).map(drop));
         assert!(
             text.contains("best.safetensors") && text.contains(expected),
             "{text}"
@@ -1182,7 +1182,7 @@ fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
     );
     fs::write(&path, other.unwrap()).unwrap();
     assert!(
-        message(Model::open(&out, Device::Cpu).map(drop))
+        message(Model::open(&out, Device::Cpu, 1).map(drop))
             .contains("expected a checkpoint of echograd")
     );
 
@@ -1192,7 +1192,7 @@ fn a_checkpoint_that_is_not_this_runs_is_refused_with_its_reason() {
     run(&wide, &settings(&data, &more), false).unwrap();
     fs::copy(wide.join("best.safetensors"), &path).unwrap();
     assert_eq!(
-        message(Model::open(&out, Device::Cpu).map(drop))
+        message(Model::open(&out, Device::Cpu, 1).map(drop))
             .split_once("safetensors: ")
             .unwrap()
             .1,

@@ -109,6 +109,22 @@ fn the_command_says_what_it_wrote_and_refuses_what_has_no_name_elsewhere() {
         let command = command.args(["export", "run", "--out", "encoder.safetensors"]);
         command.args(more).output().unwrap()
     };
+    // The run's own files stay what they are, whatever the folder is called.
+    let best = std::fs::read(run.join(model::BEST)).unwrap();
+    for out in ["run/best.safetensors", "./run/../run/new.safetensors"] {
+        let mut command = Command::new(cargo_bin!("echograd"));
+        let command = command.current_dir(folder.path());
+        let output = command
+            .args(["export", "run", "--out", out])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        let expected =
+            format!("error: --out: expected a file outside of the run's folder, found {out}");
+        assert!(text.starts_with(&expected), "{text}");
+        assert_eq!(output.status.code(), Some(1));
+    }
+    assert!(std::fs::read(run.join(model::BEST)).unwrap() == best);
     let output = export(&["--format", "timm", "--json"]);
     assert!(output.status.success());
     let written: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

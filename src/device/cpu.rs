@@ -216,19 +216,16 @@ impl<T: Element> Session<T> {
         }
     }
 
-    /// Runs all steps and returns the name of the first value with a NaN or infinity among its
-    /// elements, in the order of the tape; stops there.
+    /// Runs all steps and returns the name of the first computed value with a NaN or infinity among its
+    /// elements, in the order of the tape; stops there. What persists may be so from an earlier replay.
     pub fn run_checked(&mut self) -> Option<String> {
         for index in 0..self.plan.steps().len() {
             self.step(index);
             for &output in &self.plan.steps()[index].outputs {
-                if self
-                    .arena
-                    .slice(self.plan.slot(output))
-                    .iter()
-                    .any(|x| !x.is_finite())
-                {
-                    return Some(self.plan.values()[output.index()].name.clone());
+                let value = &self.plan.values()[output.index()];
+                let elements = self.arena.slice(self.plan.slot(output));
+                if value.kind == Kind::Computed && elements.iter().any(|x| !x.is_finite()) {
+                    return Some(value.name.clone());
                 }
             }
         }

@@ -493,6 +493,11 @@ impl<T: Real, F> Row<'_, T, F> {
         pixel: usize,
     ) {
         let (c, taps) = (self.c, self.rows.inside(self.row));
+        if taps.is_empty() {
+            // A row of padding alone, which has no place in the image.
+            (pixel..pixel + P).for_each(|pixel| self.pixel::<L>(columns, pixel, 0));
+            return;
+        }
         let full = c - c % L::N;
         let steps = Steps {
             x_row: columns.from * c,
@@ -506,25 +511,22 @@ impl<T: Real, F> Row<'_, T, F> {
         let w_row = self.rows.first as isize + taps.start as isize * self.rows.step;
         let w = (w_row as usize * self.kernel + columns.first) * c;
         let y = (columns.start + pixel * columns.spacing) * c;
-        if !taps.is_empty() {
-            for channel in (0..full).step_by(L::N) {
-                // SAFETY: the rows of `taps` and, the pixels being interior, all columns of their taps lie in
-                // the image, the weights' rows and columns in the kernel, the pixels in the row of `y`; and a
-                // vector from `channel` on ends within the pixel.
-                unsafe {
-                    block::<L, K, S, P>(
-                        self.x.as_ptr().add(x + channel),
-                        self.w.as_ptr().add(w + channel),
-                        self.y.as_mut_ptr().add(y + channel),
-                        taps.len(),
-                        steps,
-                    );
-                }
+        for channel in (0..full).step_by(L::N) {
+            // SAFETY: the rows of `taps` and, the pixels being interior, all columns of their taps lie in the
+            // image, the weights' rows and columns in the kernel, the pixels in the row of `y`; and a vector from
+            // `channel` on ends within the pixel.
+            unsafe {
+                block::<L, K, S, P>(
+                    self.x.as_ptr().add(x + channel),
+                    self.w.as_ptr().add(w + channel),
+                    self.y.as_mut_ptr().add(y + channel),
+                    taps.len(),
+                    steps,
+                );
             }
         }
-        let left = if taps.is_empty() { 0 } else { full };
-        if left < c {
-            (pixel..pixel + P).for_each(|pixel| self.pixel::<L>(columns, pixel, left));
+        if full < c {
+            (pixel..pixel + P).for_each(|pixel| self.pixel::<L>(columns, pixel, full));
         }
     }
 
@@ -995,7 +997,8 @@ impl Op for DepthwiseWeightGradient {
 pub(super) fn case(s: &mut Sampler) -> Case {
     let mut axis = || {
         let (kernel, stride) = (s.size(1, 6), s.size(1, 3));
-        let padding = s.size(0, kernel);
+        // Beyond the kernel there are rows and columns of padding alone.
+        let padding = s.size(0, kernel + 1);
         // The smallest image that the kernel fits on, or a larger one.
         let extent = kernel.saturating_sub(2 * padding).max(1) + s.extent(0, 6);
         (kernel, stride, padding, extent)

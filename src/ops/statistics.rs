@@ -191,9 +191,10 @@ pub(super) mod tests {
             let (mean, var) = (mean[channel].wide(), var[channel].wide());
             // Deviations are rounded once, and sums of them like a random walk.
             let steps = eps * (4.0 + n.sqrt());
-            if (mean - exact).abs() > 2.0 * eps * largest + steps * square.sqrt()
-                || (var - square).abs() > 4.0 * steps * square + 1e-300
-            {
+            // Written so that a NaN fails.
+            let close = (mean - exact).abs() <= 2.0 * eps * largest + steps * square.sqrt()
+                && (var - square).abs() <= 4.0 * steps * square + 1e-300;
+            if !close {
                 return Err(format!(
                     "channel {channel}: {mean}, {var} for {exact}, {square}"
                 ));

@@ -428,7 +428,11 @@ fn one(
         watch.state(run, &State::Testing(set.name.clone()));
         let model = match &mut model {
             Some(model) => model,
-            none => none.insert(Model::open(&run.folder(out), plan.config(run).device)?),
+            none => none.insert(Model::open(
+                &run.folder(out),
+                plan.config(run).device,
+                usize::MAX,
+            )?),
         };
         let subset = match i {
             0 => unseen(set, &run.folder(out))?,

@@ -750,7 +750,7 @@ impl Material<'_> {
                 arm: method.name.clone(),
                 ..run.clone()
             };
-            let model = Model::open(&own.folder(out), self.manifest.device)?;
+            let model = Model::open(&own.folder(out), self.manifest.device, 1)?;
             models.push((colour, method, model));
         }
         let mut shown = Vec::new();

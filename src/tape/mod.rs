@@ -350,17 +350,24 @@ impl Tape {
             };
             let result = step.op.backward(&mut backward);
             let (found, summed) = (backward.input_gradients, backward.summed);
-            self.scopes = scopes;
-            result?;
             let found = found.into_iter().zip(summed);
-            for (&input, (gradient, summed)) in step.inputs.iter().zip(found) {
-                let Some(gradient) = gradient else { continue };
-                let sum = match gradients[input.index()] {
-                    Some(other) if !summed => self.push(Add, &[other, gradient])?,
-                    _ => gradient,
-                };
-                gradients[input.index()] = Some(sum);
-            }
+            let added = result.and_then(|()| {
+                found
+                    .zip(&step.inputs)
+                    .try_for_each(|((gradient, summed), input)| {
+                        let sum = match (gradient, gradients[input.index()]) {
+                            (None, _) => return Ok(()),
+                            (Some(gradient), Some(other)) if !summed => {
+                                self.push(Add, &[other, gradient])?
+                            }
+                            (Some(gradient), _) => gradient,
+                        };
+                        gradients[input.index()] = Some(sum);
+                        Ok(())
+                    })
+            });
+            self.scopes = scopes;
+            added?;
             self.origin = None;
         }
         Ok(wrt.iter().map(|v| gradients[v.index()]).collect())

@@ -49,7 +49,7 @@ pub fn evaluate(
     report: &dyn Report,
     interrupt: &AtomicBool,
 ) -> Result<Evaluated> {
-    let mut model = Model::open(args.run, args.device)?;
+    let mut model = Model::open(args.run, args.device, usize::MAX)?;
     let manifest = Manifest::read(&args.run.join(MANIFEST))?;
     let source = data::open_to_test(args.data)?;
     let (mut subset, _) = select(&*source, args.drop_duplicates, report);

@@ -49,6 +49,8 @@ pub struct Finding {
 /// A network in evaluation with its weights.
 pub struct Model {
     config: Config,
+    /// Images that are shown at once.
+    batch: usize,
     evaluation: Evaluation,
     session: Box<dyn Session<f32>>,
     /// What the network is shown.
@@ -57,31 +59,39 @@ pub struct Model {
 }
 
 impl Model {
-    /// A network whose weights are still to be given ([`Model::copy_weights`]).
+    /// A network that is shown `batch` images at once, whose weights are still to be given
+    /// ([`Model::copy_weights`]).
     ///
     /// # Errors
     /// As [`Evaluation::record`] and [`Evaluation::session`].
-    pub fn new(config: Config, backend: &Backend) -> Result<Self> {
-        let evaluation = Evaluation::folded(&config)?;
+    pub fn new(config: Config, batch: usize, backend: &Backend) -> Result<Self> {
+        let own = Config {
+            batch,
+            ..config.clone()
+        };
+        let evaluation = Evaluation::folded(&own)?;
         let session = evaluation.session(backend)?;
         Ok(Self {
-            shown: vec![0.0; config.batch * config.size * config.size],
+            shown: vec![0.0; batch * config.size * config.size],
             config,
+            batch,
             evaluation,
             session,
             prior: None,
         })
     }
 
-    /// The best network of the run in folder `run`, wherever that was trained.
+    /// The best network of the run in folder `run`, wherever that was trained. It is shown the run's batch at once,
+    /// but not more than `images`, since places without an image take as long as others.
     ///
     /// # Errors
     /// [`Error::File`] if the folder does not hold a run with a checkpoint, or they do not fit; as
     /// [`Config::backend`].
-    pub fn open(run: &Path, device: Device) -> Result<Self> {
+    pub fn open(run: &Path, device: Device, images: usize) -> Result<Self> {
         let config = Config::of_run(run)?;
         let backend = config.backend(device)?;
-        let mut model = Self::new(config, &backend)?;
+        let batch = config.batch.min(images).max(1);
+        let mut model = Self::new(config, batch, &backend)?;
         let path = run.join(BEST);
         let checkpoint = Checkpoint::read(&path)?;
         let weight = |name: &str, shape| checkpoint.weight(&path, name, shape).map(Cow::Borrowed);
@@ -128,10 +138,10 @@ impl Model {
     /// As [`Session::read`].
     ///
     /// # Panics
-    /// If there are more images than the configuration's batch, or one is not S×S.
+    /// If there are more images than are shown at once, or one is not S×S.
     pub fn infer(&mut self, images: &[&[u8]]) -> Result<Vec<Inference>> {
         let pixels = self.config.size * self.config.size;
-        assert!(images.len() <= self.config.batch, "too many images");
+        assert!(images.len() <= self.batch, "too many images");
         for (row, image) in self.shown.chunks_exact_mut(pixels).zip(images) {
             crate::data::augment::unit(image, row);
         }
@@ -193,8 +203,8 @@ impl Model {
         mut done: impl FnMut(usize) -> Result<()>,
     ) -> Result<Vec<R>> {
         let mut results = Vec::with_capacity(images);
-        for start in (0..images).step_by(self.config.batch) {
-            let end = images.min(start + self.config.batch);
+        for start in (0..images).step_by(self.batch) {
+            let end = images.min(start + self.batch);
             let loaded: Vec<_> = (start..end).into_par_iter().map(&load).collect();
             let loaded = loaded.into_iter().collect::<Result<Vec<_>>>()?;
             let views: Vec<&[u8]> = loaded.iter().map(Vec::as_slice).collect();

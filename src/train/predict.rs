@@ -67,7 +67,7 @@ pub fn predict(
 ) -> Result<Vec<Prediction>> {
     let stems = stems(args.files)?;
     apart(args.files, args.out)?;
-    let mut model = Model::open(args.run, args.device)?;
+    let mut model = Model::open(args.run, args.device, args.files.len())?;
     let size = model.config().size;
     // An image that cannot be read should stop the work before results of others are replaced.
     let readable: Vec<Result<()>> = args

@@ -117,6 +117,11 @@ pub fn initialise(path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> R
         };
         let element = |i: usize| stored.elements[place(shape, i)];
         let values: Vec<f32> = (0..shape.len()).map(element).collect();
+        if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
+            let name = naming.of(name);
+            let problem = format!("{name}: expected finite numbers, found {bad}");
+            return Err(Error::file(path, problem));
+        }
         session.write(var, &values)?;
     }
     Ok(())
@@ -127,13 +132,25 @@ pub fn initialise(path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> R
 ///
 /// # Errors
 /// [`Error::File`] if the folder does not hold a run of an EfficientNet-B1 with a checkpoint, or the file cannot
-/// be written; [`Error::Argument`] for another number of channels.
+/// be written; [`Error::Argument`] for another number of channels, or an `out` in the run's own folder.
 pub fn export(run: &Path, naming: Naming, channels: usize, out: &Path) -> Result<usize> {
     if ![1, 3].contains(&channels) {
         let problem = format!("expected 1 or 3, found {channels}");
         return Err(Error::argument("channels", problem));
     }
     let config = Config::of_run(run)?;
+    // The run's own files are what its network is read from.
+    let folder = match out.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    if folder.canonicalize().ok() == run.canonicalize().ok() {
+        let problem = format!(
+            "expected a file outside of the run's folder, found {}",
+            out.display()
+        );
+        return Err(Error::argument("--out", problem));
+    }
     if config.model.kind != ModelKind::EfficientnetB1 {
         let problem = "expected a run of the model efficientnet-b1, found one of a plain U-Net, which \
             torchvision and timm do not have";

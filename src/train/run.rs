@@ -162,16 +162,17 @@ pub struct Epoch {
 ///
 /// # Errors
 /// [`Error::Argument`] for a configuration or data that cannot be trained on, or an `out` that already
-/// holds something; [`Error::Device`] for a device that is not there, too small, or fails; [`Error::File`] for files that cannot be read or written; [`Error::NonFinite`] if
-/// the loss or the gradient stops being finite, the last good checkpoint staying; and
-/// [`Error::Interrupted`], after saving the state in the middle of the epoch.
+/// holds something; [`Error::Device`] for a device that is not there, too small, or fails; [`Error::File`] for
+/// files that cannot be read or written; [`Error::NonFinite`] if the loss or the gradient stops being finite, the
+/// last good checkpoint staying; and [`Error::Interrupted`], after saving the state in the middle of the epoch.
 pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
     let config = configuration(args)?;
     let backend = config.backend(config.device)?;
     if let Backend::Gpu { .. } = backend {
         // What the device lacks should show before anything is read.
         let step = TrainingStep::record(&config, config.arm.segments())?;
-        backend.session(&step.tape)?;
+        let _step = backend.session(&step.tape)?;
+        Model::new(config.clone(), config.batch, &backend)?;
     }
     let data = Data::open(&config, report, interrupt)?;
     let mut run = Run::new(args.out, config, data, &backend, report)?;
@@ -454,12 +455,12 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let step = TrainingStep::record(&config, data.prior.is_some())?;
         let mut session = backend.session(&step.tape)?;
+        let model = Model::new(config.clone(), config.batch, backend)?;
         let pool = Arc::new(data.pool(config.size)?);
         let mut augmenter = None;
         if let Backend::Gpu { gpu, narrow } = backend {
             let augment = Some(config.augment);
             let made = Augmenter::new(gpu, &*pool, config.batch, config.seed, augment)?;
-            let bytes = 4 * session.plan().len() + made.bytes();
             augmenter = Some(made);
             let stored = match (narrow, config.precision) {
                 (true, _) => "bf16",
@@ -469,7 +470,7 @@ impl<'a> Run<'a> {
             report.line(&format!(
                 "training on {}, activations in {stored}, {} MiB of its memory",
                 backend.name(),
-                bytes >> 20
+                gpu.allocated() >> 20
             ));
         }
         step.start(&mut *session, config.seed, data.prior.as_ref())?;
@@ -477,7 +478,13 @@ impl<'a> Run<'a> {
         if !config.init.is_empty() && !out.join(LAST).is_file() {
             let path = Path::new(&config.init);
             let efficientnet = config.model.kind == ModelKind::EfficientnetB1;
-            if efficientnet && pretrained::is_foreign(path)? {
+            let foreign = pretrained::is_foreign(path)?;
+            if foreign && !efficientnet {
+                let problem = "expected a checkpoint of echograd, found weights of another program, which only the \
+                    model efficientnet-b1 starts from";
+                return Err(Error::file(path, problem));
+            }
+            if foreign {
                 pretrained::initialise(path, &step.tape, &mut *session)?;
                 let what = "holds an encoder's weights, the others are random";
                 report.line(&format!("{} {what}", path.display()));
@@ -499,7 +506,7 @@ impl<'a> Run<'a> {
             report,
             pool,
             augmenter,
-            model: Model::new(config.clone(), backend)?,
+            model,
             device: backend.name(),
             config,
             data,
@@ -814,7 +821,7 @@ impl<'a> Run<'a> {
     fn finish(self, interrupt: &AtomicBool) -> Result<Trained> {
         // Its memory first: another network's comes on top.
         drop((self.session, self.model));
-        let mut model = Model::open(self.out, self.config.device)?;
+        let mut model = Model::open(self.out, self.config.device, usize::MAX)?;
         let source = &*self.data.source;
         let subset = &self.data.fold.validation;
         let rows = examine(&mut model, source, subset, self.report, interrupt)?;

@@ -59,7 +59,8 @@ pub struct TrainingStep {
     /// The terms of the loss that there are, in their order, then the norm: what is read of a step.
     pub report: Var,
     /// Input and output, 0 at first: a step whose loss or gradient is not finite leaves a NaN here, and no step
-    /// updates anything while there is one. So the step can still be examined when others were queued behind it.
+    /// updates parameters, moments or averages while there is one. So the step can still be examined when others
+    /// were queued behind it. Running statistics go on.
     pub halt: Var,
     /// The prior, if the run has one.
     pub prior: Option<Prior>,

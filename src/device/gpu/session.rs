@@ -241,8 +241,8 @@ impl Session {
         Ok(bytes.iter().all(|&byte| byte == POISON))
     }
 
-    /// Runs all steps once and returns the name of the first value with a NaN or infinity among its elements, in
-    /// the order of the tape; stops there.
+    /// Runs all steps once and returns the name of the first computed value with a NaN or infinity among its
+    /// elements, in the order of the tape; stops there. What persists may be so from an earlier replay.
     ///
     /// # Errors
     /// [`Error::Device`] if a kernel failed.
@@ -254,8 +254,11 @@ impl Session {
             queue(&self.gpu, own)?;
             launches = later;
             for (&output, &(slot, _)) in step.outputs.iter().zip(&step.write) {
-                if self.elements(slot)?.iter().any(|x| !x.is_finite()) {
-                    return Ok(Some(self.plan.values()[output.index()].name.clone()));
+                let value = &self.plan.values()[output.index()];
+                if value.kind == Kind::Computed
+                    && self.elements(slot)?.iter().any(|x| !x.is_finite())
+                {
+                    return Ok(Some(value.name.clone()));
                 }
             }
         }
