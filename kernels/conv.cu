@@ -338,7 +338,7 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     // The rows that this thread fetches: pixels and output channels, one vector of k of each.
     const int fetch_row = threadIdx.x / kRowVectors, vector = threadIdx.x % kRowVectors;
     int x_at[x_count], w_at[w_count];
-    unsigned taps[x_count];
+    unsigned taps[x_count], w_exists = 0;  // of w, a bit each
 #pragma unroll
     for (int i = 0; i < x_count; ++i) {
         const int at = first_row + fetch_row + i * step;
@@ -360,7 +360,9 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
 #pragma unroll
     for (int i = 0; i < w_count; ++i) {
         const int o = first_column + fetch_row + i * step;
-        w_at[i] = o < of.outputs ? of.w_start + o * of.w_output : -1;
+        // Addresses of what is not copied are multiples of 16 bytes too.
+        w_at[i] = of.w_start + (o < of.outputs ? o * of.w_output : 0);
+        w_exists |= static_cast<unsigned>(o < of.outputs) << i;
     }
 
     const int terms = of.taps[0] * of.taps[1] * of.channels;
@@ -389,7 +391,7 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
         to += tile_rows * kRowBytes;
 #pragma unroll
         for (int i = 0; i < w_count; ++i) {
-            const bool valid = w_at[i] >= 0 && k < terms;
+            const bool valid = (w_exists >> i & 1u) != 0 && k < terms;
             cp_async<16>(to + i * step * kRowBytes, w + (w_at[i] + w_tap), valid ? 16 : 0);
         }
         k += depth;

@@ -335,7 +335,7 @@ fn votes_of_a_block() {
 /// Threads of each pair of kernels in kernels/selftest/planted.cu, texts of which the report of its bad
 /// one must contain one, and the line that it must name. Without a barrier a thread may as well find
 /// what nobody has written yet as what somebody is writing.
-const PLANTED: [(&str, u32, &[&str], &str); 13] = [
+const PLANTED: [(&str, u32, &[&str], &str); 14] = [
     (
         "block_barrier",
         128,
@@ -403,6 +403,12 @@ const PLANTED: [(&str, u32, &[&str], &str); 13] = [
         8,
         &["misaligned: "],
         "reinterpret_cast<const float4*>",
+    ),
+    (
+        "misaligned_copy",
+        8,
+        &["misaligned: the source of cp.async"],
+        "cp_async<16>(&tile[4 * i]",
     ),
 ];
 

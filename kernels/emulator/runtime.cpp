@@ -1165,10 +1165,9 @@ void cp_async(void* shared, const void* global, int bytes, int valid) {
     size_t offset = static_cast<size_t>(static_cast<char*>(shared) - w.shared);
     if (offset >= kArena) w.fail(at, nullptr, "cp.async to an address outside of shared memory");
     check(shared, size, true, false, at);
-    if (valid > 0) {
-        check_alignment(global, size, "the source of cp.async", at);
-        check(global, static_cast<size_t>(valid), false, false, at);
-    }
+    // Also of a copy of nothing, whose address may be out of bounds.
+    check_alignment(global, size, "the source of cp.async", at);
+    if (valid > 0) check(global, static_cast<size_t>(valid), false, false, at);
     Copy copy{static_cast<char*>(shared), static_cast<const char*>(global),
               static_cast<unsigned short>(bytes), static_cast<unsigned short>(valid),
               thread.groups, (w.random.next() & 1) != 0};

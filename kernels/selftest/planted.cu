@@ -170,3 +170,15 @@ __device__ void misaligned(const float* x, float* y) {
     y[i] = v.x + v.y + v.z + v.w;
 }
 PAIR(misaligned, 8)
+
+// A cp.async that copies nothing, from an address that it could not copy from.
+template <bool Good>
+__device__ void misaligned_copy(const float* x, float* y) {
+    SHARED(float, tile, 32);
+    int i = threadIdx.x;
+    cp_async<16>(&tile[4 * i], x + 4 * i + (Good ? 0 : 1), 0);
+    cp_async_commit();
+    cp_async_wait<0>();
+    y[i] = tile[4 * i];
+}
+PAIR(misaligned_copy, 8)
