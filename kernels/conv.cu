@@ -707,6 +707,7 @@ conv_statistics_finish(const double* sums, float* mean, float* variance, int chu
     const double m = sum / pixels;
     if (threadIdx.x % 32 == 0) {
         mean[o] = static_cast<float>(m);
-        variance[o] = static_cast<float>(fmax(squares / pixels - m * m, 0.0));
+        const double v = squares / pixels - m * m;
+        variance[o] = static_cast<float>(v < 0.0 ? 0.0 : v);  // NaN stays, as it would not in fmax
     }
 }

@@ -169,8 +169,9 @@ pub(super) fn finish<T: Real>(
             }
             for (i, (mean, var)) in mean.iter_mut().zip(var).enumerate() {
                 *mean = T::of(centre[i]);
-                // Rounding may leave a constant channel with a variance of −1e-20.
-                *var = T::of(squares[i].max(0.0) / count as f64);
+                // Rounding may leave a constant channel with a variance of −1e-20. NaN stays, as it would not in `max`.
+                let squares = if squares[i] < 0.0 { 0.0 } else { squares[i] };
+                *var = T::of(squares / count as f64);
             }
         });
 }
