@@ -30,9 +30,11 @@ use crate::tensor::{Real, Shape};
 /// `y = x ∗ w`, inputs `x` (`N×H×W×C`) and `w` (`out×kh×kw×C`); rows before columns in both parameters.
 ///
 /// With `statistics`, the mean and the biased variance of each channel of `y` over the batch follow as outputs 1
-/// and 2 (per channel, in full precision, of `y` before it is rounded to what it is stored as), for
-/// [`Normalize::of_batch`](super::batch_norm::Normalize): they are taken while `y` is in cache, which saves
-/// batch normalisation a pass over it. They have no derivative of their own.
+/// and 2 (per channel, in full precision), for [`Normalize::of_batch`](super::batch_norm::Normalize): they are taken
+/// while `y` is in cache, which saves batch normalisation a pass over it. They are those of `y` before it is rounded
+/// to what it is stored as, except on a GPU where a convolution is computed from its definition (kernels larger
+/// than 11×16, and what 31-bit offsets do not reach): there, of `y` as stored. They have no derivative of their
+/// own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conv2d {
     /// How far the kernel moves from one output pixel to the next.
