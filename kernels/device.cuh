@@ -344,7 +344,8 @@ __device__ __forceinline__ double warp_sum(const double* x, int count, int strid
 
 // ---- cp.async: global to shared memory behind the threads' backs (a plain copy before sm_80) ----
 
-// Copies `valid` of Bytes (4, 8 or 16) and fills up with zeros. Both addresses are multiples of Bytes.
+// Copies `valid` of Bytes (4, 8 or 16) and fills up with zeros. Both addresses are multiples of Bytes, also where
+// valid is 0.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int valid = Bytes) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "sizes of cp.async");
@@ -361,8 +362,13 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, int v
                      : "memory");
     }
 #else
-    for (int i = 0; i < Bytes; ++i) {
-        static_cast<char*>(shared)[i] = i < valid ? static_cast<const char*>(global)[i] : char(0);
+    using Words = Vector<unsigned, Bytes / 4>;
+    Words& to = *static_cast<Words*>(shared);
+    if (valid == Bytes) {
+        to = *static_cast<const Words*>(global);
+    } else {
+        to = {};
+        for (int i = 0; i < valid; ++i) static_cast<char*>(shared)[i] = static_cast<const char*>(global)[i];
     }
 #endif
 }
