@@ -69,11 +69,12 @@ struct Pixel {
 };
 
 // The weights of a block's channels, in f32: those of tap and vector at [tap][part][vector][4], parts of four
-// being what a thread reads at once.
+// being what a thread reads at once. Between taps lie four floats, so that a warp, which loads weights with taps
+// side by side, does not write all of them to one bank.
 template <class T, int K>
 struct Weights {
     static constexpr int n = kWidth<T>;
-    static constexpr int kSize = K * K * kAcross * n;
+    static constexpr int kSize = K * K * (kAcross * n + 4);
     const float* shared;
     unsigned across;
 
@@ -84,7 +85,7 @@ struct Weights {
         const unsigned count = across * n;
         for (unsigned i = threadIdx.x; i < count * (K * K); i += kThreads) {
             const unsigned channel = i / (K * K), tap = i % (K * K), part = channel % n / 4;
-            const unsigned at = ((flip ? K * K - 1 - tap : tap) * (n / 4) + part) * (across * 4);
+            const unsigned at = (flip ? K * K - 1 - tap : tap) * (across * n + 4) + part * (across * 4);
             const bool exists = first + channel < channels;
             to[at + channel / n * 4 + channel % 4] =
                 exists ? w[static_cast<size_t>(first) * (K * K) + i] : 0.0f;
@@ -94,7 +95,7 @@ struct Weights {
     __device__ __forceinline__ void load(int tap, unsigned vector, float (&v)[n]) const {
 #pragma unroll
         for (int part = 0; part < n / 4; ++part) {
-            const Loaded<float, 4> four(shared + ((tap * (n / 4) + part) * across + vector) * 4);
+            const Loaded<float, 4> four(shared + tap * (across * n + 4) + (part * across + vector) * 4);
 #pragma unroll
             for (int i = 0; i < 4; ++i) v[4 * part + i] = four[i];
         }
