@@ -519,7 +519,14 @@ impl WeightProduct {
         let depth = ROW / if narrow { 2 } else { 4 };
         let pixels = geometry.output().rows();
         let tiles = outputs.div_ceil(edge) * terms.div_ceil(edge);
-        let piece = pixels.div_ceil(blocks.div_ceil(tiles)).max(8 * depth);
+        // The blocks of a few tiles, cut into so many pieces, run in waves. The first number of waves that can be
+        // filled to four fifths: one block more than a wave holds would cost another wave. `blocks` is a little
+        // less than an H100 holds at a time, and the same everywhere, since sums depend on it.
+        let cut = (1..)
+            .map(|waves| (waves * blocks, waves * blocks / tiles))
+            .find(|(slots, cut)| 5 * cut * tiles >= 4 * slots)
+            .map_or(1, |(_, cut)| cut);
+        let piece = pixels.div_ceil(cut).max(8 * depth);
         let piece = piece.next_multiple_of(depth);
         Self {
             forward,
