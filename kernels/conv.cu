@@ -386,7 +386,8 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
         for (int i = 0; i < x_count; ++i) {
             // Behind the last row of taps there is no bit.
             const unsigned valid = taps[i] >> row & taps[i] >> (16 + column) & 1u;
-            cp_async<16>(to + i * step * kRowBytes, x + (x_at[i] + x_tap), static_cast<int>(valid * 16));
+            // The next column of taps finds most of it in the first-level cache.
+            cp_async<16, true>(to + i * step * kRowBytes, x + (x_at[i] + x_tap), static_cast<int>(valid * 16));
         }
         to += tile_rows * kRowBytes;
 #pragma unroll

@@ -345,15 +345,16 @@ __device__ __forceinline__ double warp_sum(const double* x, int count, int strid
 // ---- cp.async: global to shared memory behind the threads' backs (a plain copy before sm_80) ----
 
 // Copies `valid` of Bytes (4, 8 or 16) and fills up with zeros. Both addresses are multiples of Bytes, also where
-// valid is 0.
-template <int Bytes>
+// valid is 0. Cached: through the first-level cache, which only 16 bytes can go past.
+template <int Bytes, bool Cached = (Bytes < 16)>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int valid = Bytes) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "sizes of cp.async");
+    static_assert(Cached || Bytes == 16, "cp.async.cg copies 16 bytes");
 #if ECHOGRAD_EMULATOR
     emulator::cp_async(shared, global, Bytes, valid);
 #elif __CUDA_ARCH__ >= 800
     unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    if constexpr (Bytes == 16) {
+    if constexpr (!Cached) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                      ::"r"(to), "l"(__cvta_generic_to_global(global)), "r"(valid) : "memory");
     } else {
