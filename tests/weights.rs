@@ -109,9 +109,9 @@ fn the_command_says_what_it_wrote_and_refuses_what_has_no_name_elsewhere() {
         let command = command.args(["export", "run", "--out", "encoder.safetensors"]);
         command.args(more).output().unwrap()
     };
-    // The run's own files stay what they are, whatever the folder is called.
+    // The run's own files stay what they are, whatever its folder is called.
     let best = std::fs::read(run.join(model::BEST)).unwrap();
-    for out in ["run/best.safetensors", "./run/../run/new.safetensors"] {
+    for out in ["run/best.safetensors", "./run/../run/config.toml"] {
         let mut command = Command::new(cargo_bin!("echograd"));
         let command = command.current_dir(folder.path());
         let output = command
@@ -120,7 +120,7 @@ fn the_command_says_what_it_wrote_and_refuses_what_has_no_name_elsewhere() {
             .unwrap();
         let text = String::from_utf8(output.stderr).unwrap();
         let expected =
-            format!("error: --out: expected a file outside of the run's folder, found {out}");
+            format!("error: --out: expected a file that is none of the run's own, found {out}");
         assert!(text.starts_with(&expected), "{text}");
         assert_eq!(output.status.code(), Some(1));
     }

@@ -15,6 +15,8 @@ use serde::Serialize;
 
 use super::checkpoint::{self, Checkpoint};
 use super::config::{Config, ModelKind};
+use super::model::{BEST, CONFIG, LAST};
+use super::run::{MANIFEST, METRICS};
 use super::step::Evaluation;
 use crate::data::image::write_atomically;
 use crate::device::Session;
@@ -132,21 +134,23 @@ pub fn initialise(path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> R
 ///
 /// # Errors
 /// [`Error::File`] if the folder does not hold a run of an EfficientNet-B1 with a checkpoint, or the file cannot
-/// be written; [`Error::Argument`] for another number of channels, or an `out` in the run's own folder.
+/// be written; [`Error::Argument`] for another number of channels, or an `out` that is a file of the run.
 pub fn export(run: &Path, naming: Naming, channels: usize, out: &Path) -> Result<usize> {
     if ![1, 3].contains(&channels) {
         let problem = format!("expected 1 or 3, found {channels}");
         return Err(Error::argument("channels", problem));
     }
     let config = Config::of_run(run)?;
-    // The run's own files are what its network is read from.
+    // Beside the run's own files is a good place, in place of one of them would be the end of the run.
+    let own = [BEST, LAST, CONFIG, MANIFEST, METRICS].map(Some);
+    let named = own.contains(&out.file_name().and_then(|name| name.to_str()));
     let folder = match out.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
-    if folder.canonicalize().ok() == run.canonicalize().ok() {
+    if named && folder.canonicalize().ok() == run.canonicalize().ok() {
         let problem = format!(
-            "expected a file outside of the run's folder, found {}",
+            "expected a file that is none of the run's own, found {}",
             out.display()
         );
         return Err(Error::argument("--out", problem));
@@ -156,7 +160,7 @@ pub fn export(run: &Path, naming: Naming, channels: usize, out: &Path) -> Result
             torchvision and timm do not have";
         return Err(Error::file(run, problem));
     }
-    let path = run.join(super::model::BEST);
+    let path = run.join(BEST);
     let checkpoint = Checkpoint::read(&path)?;
     let evaluation = Evaluation::record(&config)?;
     let mut tensors = HashMap::new();
