@@ -1,37 +1,21 @@
 //! The kernels of conv.cu and conv_direct.cu, run by the emulator, against the CPU.
 #![cfg(echograd_emulator)]
 
+#[path = "support/device.rs"]
+mod support;
+
 use echograd::device::cpu;
 use echograd::device::gpu::{self, Gpu};
-use echograd::gradcheck::{self, Case, DEVICE_TOLERANCE, Sampler};
+use echograd::gradcheck::{Case, DEVICE_TOLERANCE, Sampler};
+use echograd::ops::Op;
 use echograd::ops::activation::Activation;
 use echograd::ops::conv2d::{Conv2d, Conv2dBias};
-use echograd::ops::{Op, registry};
 use echograd::tape::{Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use rayon::prelude::*;
+use support::{check, check_random, check_stored};
 
 const OPERATIONS: [&str; 3] = ["conv2d", "linear", "conv_transpose2d"];
-
-/// Outputs and gradients of a case, in both storages, agree with the CPU's; two orders of threads and a captured
-/// replay give the same bits.
-fn check(case: &Case, seed: u64) {
-    check_stored(case, seed, &[false, true]);
-}
-
-/// The same with activations as f32 (false) or bf16.
-fn check_stored(case: &Case, seed: u64, storages: &[bool]) {
-    let gpu = Gpu::emulator().unwrap();
-    for &narrow in storages {
-        let outcome = gradcheck::check_on(&gpu, case, seed, narrow).unwrap();
-        let worst = outcome.mismatch;
-        assert!(
-            worst.is_none(),
-            "{}, bf16: {narrow}: {worst:?}",
-            case.description
-        );
-    }
-}
 
 /// A convolution of `n` images of `h`×`w` pixels from `c` to `o` channels.
 fn conv(
@@ -68,14 +52,8 @@ fn check_all(cases: Vec<Case>) {
 
 #[test]
 fn random_problems_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..60).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::new(seed)), seed);
-        });
-        (0..4).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::large(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 60, Sampler::new);
+    check_random(&OPERATIONS, 4, Sampler::large);
 }
 
 /// Pixels just below, at and above a tile's rows; channels that fill vectors, stages and tiles, and not.

@@ -1,43 +1,27 @@
 //! The kernels of depthwise.cu, run by the emulator, against the CPU.
 #![cfg(echograd_emulator)]
 
+#[path = "support/device.rs"]
+mod support;
+
 use echograd::device::cpu;
 use echograd::device::gpu::{self, Gpu};
-use echograd::gradcheck::{self, Case, Sampler};
+use echograd::gradcheck::{Case, Sampler};
+use echograd::ops::Op;
 use echograd::ops::activation::Activation;
 use echograd::ops::depthwise_conv2d::{DepthwiseConv2d, DepthwiseConv2dBias};
-use echograd::ops::{Op, registry};
 use echograd::tape::{Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use half::bf16;
 use rayon::prelude::*;
+use support::{check, check_random};
 
 const OPERATIONS: [&str; 2] = ["depthwise_conv2d", "depthwise_conv2d_norm"];
 
-/// Outputs and gradients of a case, in both storages, agree with the CPU's.
-fn check(case: &Case, seed: u64) {
-    let gpu = Gpu::emulator().unwrap();
-    for narrow in [false, true] {
-        let outcome = gradcheck::check_on(&gpu, case, seed, narrow).unwrap();
-        let worst = outcome.mismatch;
-        assert!(
-            worst.is_none(),
-            "{}, bf16: {narrow}: {worst:?}",
-            case.description
-        );
-    }
-}
-
 #[test]
 fn random_problems_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..60).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::new(seed)), seed);
-        });
-        (0..2).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::large(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 60, Sampler::new);
+    check_random(&OPERATIONS, 2, Sampler::large);
 }
 
 /// Kernel and stride that have fast kernels, and extents around what a thread and a block take: images smaller

@@ -1,54 +1,36 @@
 //! The kernels of norm.cu, run by the emulator, against the CPU.
 #![cfg(echograd_emulator)]
 
+#[path = "support/device.rs"]
+mod support;
+
 use std::ffi::c_void;
 
 use echograd::Result;
 use echograd::device::cpu;
 use echograd::device::emulator::{self, Buffer, SEEDS};
 use echograd::device::gpu::{self, Gpu};
-use echograd::gradcheck::{self, Case, Sampler};
+use echograd::gradcheck::{Case, Sampler};
+use echograd::ops::Op;
 use echograd::ops::activation::Activation;
 use echograd::ops::batch_norm::{BatchNorm, Normalize, RunningStatistics};
 use echograd::ops::group_norm::GroupNorm;
-use echograd::ops::{Op, registry};
 use echograd::tape::{Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use half::bf16;
 use rayon::prelude::*;
+use support::{check, check_random};
 
 const OPERATIONS: [&str; 4] = ["batch_norm", "normalize", "group_norm", "layer_norm"];
 
-/// Outputs and gradients of a case, in both storages, agree with the CPU's.
-fn check(case: &Case, seed: u64) {
-    let gpu = Gpu::emulator().unwrap();
-    for narrow in [false, true] {
-        let outcome = gradcheck::check_on(&gpu, case, seed, narrow).unwrap();
-        let worst = outcome.mismatch;
-        assert!(
-            worst.is_none(),
-            "{}, bf16: {narrow}: {worst:?}",
-            case.description
-        );
-    }
-}
-
 #[test]
 fn random_problems_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..60).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::new(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 60, Sampler::new);
 }
 
 #[test]
 fn random_problems_of_several_blocks_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..3).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::large(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 3, Sampler::large);
 }
 
 /// A case of `op` with random inputs, the first of `shape` and the others per channel.

@@ -1,56 +1,38 @@
 //! The kernels of pointwise.cu and reduce.cu, run by the emulator, against the CPU.
 #![cfg(echograd_emulator)]
 
+#[path = "support/device.rs"]
+mod support;
+
 use std::ffi::c_void;
 
 use echograd::Result;
 use echograd::device::cpu;
 use echograd::device::emulator::{self, Buffer, SEEDS};
 use echograd::device::gpu::{self, Gpu};
-use echograd::gradcheck::{self, Case, Sampler};
+use echograd::gradcheck::{Case, Sampler};
 use echograd::ops::concat::SliceChannels;
 use echograd::ops::dropout::Dropout;
 use echograd::ops::pointwise::{Add, Fill, Mul, Relu, Scale, Sigmoid, Silu, Slope, StopGradient};
-use echograd::ops::{Op, control, registry};
+use echograd::ops::{Op, control};
 use echograd::tape::{Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use half::bf16;
 use rayon::prelude::*;
+use support::{check, check_random};
 
 const OPERATIONS: [&str; 10] = [
     "add", "add_relu", "mul", "scale", "bias_add", "relu", "silu", "sigmoid", "dropout", "concat",
 ];
 
-/// Outputs and gradients of a case, in both storages, agree with the CPU's.
-fn check(case: &Case, seed: u64) {
-    let gpu = Gpu::emulator().unwrap();
-    for narrow in [false, true] {
-        let outcome = gradcheck::check_on(&gpu, case, seed, narrow).unwrap();
-        let worst = outcome.mismatch;
-        assert!(
-            worst.is_none(),
-            "{}, bf16: {narrow}: {worst:?}",
-            case.description
-        );
-    }
-}
-
 #[test]
 fn random_problems_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..100).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::new(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 100, Sampler::new);
 }
 
 #[test]
 fn random_problems_of_several_blocks_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..4).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::large(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 4, Sampler::large);
 }
 
 /// Few and many channels, multiples of a vector and not; one piece and several; the sums of `dy` and of

@@ -1,18 +1,22 @@
 //! The kernels of pools, upsampling, gates and stochastic depth, run by the emulator, against the CPU.
 #![cfg(echograd_emulator)]
 
+#[path = "support/device.rs"]
+mod support;
+
 use echograd::device::cpu;
 use echograd::device::gpu::{self, Gpu};
-use echograd::gradcheck::{self, Case, Sampler};
+use echograd::gradcheck::{Case, Sampler};
 use echograd::ops::gate::Gate;
 use echograd::ops::pool::{AvgPool2d, GlobalAvgPool, MaxPool2d};
 use echograd::ops::stochastic_depth::StochasticDepth;
 use echograd::ops::upsample::Upsample2x;
-use echograd::ops::{Op, control, registry};
+use echograd::ops::{Op, control};
 use echograd::tape::{Options, Plan, Tape, Var};
 use echograd::tensor::Shape;
 use half::bf16;
 use rayon::prelude::*;
+use support::{check, check_random};
 
 const OPERATIONS: [&str; 6] = [
     "max_pool2d",
@@ -35,36 +39,14 @@ const OVERLAPPING: MaxPool2d = MaxPool2d {
     padding: [1, 1],
 };
 
-/// Outputs and gradients of a case, in both storages, agree with the CPU's.
-fn check(case: &Case, seed: u64) {
-    let gpu = Gpu::emulator().unwrap();
-    for narrow in [false, true] {
-        let outcome = gradcheck::check_on(&gpu, case, seed, narrow).unwrap();
-        let worst = outcome.mismatch;
-        assert!(
-            worst.is_none(),
-            "{}, bf16: {narrow}: {worst:?}",
-            case.description
-        );
-    }
-}
-
 #[test]
 fn random_problems_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..40).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::new(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 40, Sampler::new);
 }
 
 #[test]
 fn random_problems_of_several_blocks_agree_with_the_cpu() {
-    for entry in registry().iter().filter(|e| OPERATIONS.contains(&e.name)) {
-        (0..3).into_par_iter().for_each(|seed| {
-            check(&(entry.case)(&mut Sampler::large(seed)), seed);
-        });
-    }
+    check_random(&OPERATIONS, 3, Sampler::large);
 }
 
 /// Few and many channels, multiples of a vector and not; one piece and several, one unit of a lane and several.
