@@ -4,9 +4,10 @@
 //! prints where the time goes, by operation. `benches/peers/inference.py` compares with PyTorch: it starts this
 //! program with `--serve` and asks for runs between its own, so that both see the same state of a shared machine.
 
-use std::collections::BTreeMap;
+mod support;
+
 use std::io::BufRead;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use criterion::Criterion;
 use echograd::device::cpu::Session;
@@ -14,6 +15,7 @@ use echograd::nn;
 use echograd::tape::{Kind, Options, Plan};
 use echograd::train::config::Config;
 use echograd::train::step::Evaluation;
+use support::print_table;
 
 /// The network with random weights and a batch of noise in place.
 fn network(preset: &str, size: &str, batch: &str) -> Session<f32> {
@@ -35,45 +37,7 @@ fn network(preset: &str, size: &str, batch: &str) -> Session<f32> {
 fn table(preset: &str, size: &str, batch: &str) {
     let mut session = network(preset, size, batch);
     session.run();
-    let mut least = vec![Duration::MAX; session.plan().steps().len()];
-    for _ in 0..20 {
-        let mut start = Instant::now();
-        session.run_observed(|i| {
-            least[i] = least[i].min(start.elapsed());
-            start = Instant::now();
-        });
-    }
-    let mut sums: BTreeMap<&str, (Duration, usize, u64, u64)> = BTreeMap::new();
-    for (step, &time) in session.plan().steps().iter().zip(&least) {
-        let sum = sums.entry(step.op.name()).or_default();
-        sum.0 += time;
-        sum.1 += 1;
-        sum.2 += step.cost.flops;
-        sum.3 += step.cost.elements;
-    }
-    let mut sums: Vec<_> = sums.into_iter().collect();
-    sums.sort_by_key(|(_, sum)| std::cmp::Reverse(sum.0));
-    let total: Duration = least.iter().sum();
-    println!(
-        "{:<28} {:>5} {:>10} {:>6} {:>9} {:>7}",
-        "operation", "calls", "ms", "%", "GFLOP/s", "GB/s"
-    );
-    for (name, (time, calls, flops, elements)) in sums {
-        let seconds = time.as_secs_f64();
-        println!(
-            "{name:<28} {calls:>5} {:>10.3} {:>6.1} {:>9.1} {:>7.1}",
-            seconds * 1e3,
-            100.0 * seconds / total.as_secs_f64(),
-            flops as f64 / seconds / 1e9,
-            4.0 * elements as f64 / seconds / 1e9,
-        );
-    }
-    println!(
-        "{:<28} {:>5} {:>10.3}",
-        "all",
-        least.len(),
-        total.as_secs_f64() * 1e3
-    );
+    print_table(&mut session, 20);
 }
 
 /// Builds the network that the first line describes (`preset size batch`), then answers every further line, a
