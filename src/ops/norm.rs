@@ -540,6 +540,24 @@ mod tests {
         })
     }
 
+    #[test]
+    fn a_nan_makes_the_statistics_of_its_channel_nan() {
+        let norm = Norm {
+            statistics: Statistics::Batch,
+            eps: 1e-3,
+            activation: Activation::Identity,
+        };
+        let shape = Shape::new(2, 2, 2, 3);
+        let mut x = vec![1.0; shape.len()];
+        x[4] = f64::NAN;
+        let found = replay::<f64>(norm, shape, &[x, vec![1.0; 3], vec![0.0; 3]]);
+        let [y, mean, var] = [0, 1, 2].map(|k| &found[k]);
+        for c in 0..3 {
+            let is_nan = [y[c], mean[c], var[c]].map(f64::is_nan);
+            assert_eq!(is_nan, [c == 1; 3], "channel {c}");
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]

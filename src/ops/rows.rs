@@ -301,8 +301,9 @@ impl Rows {
             let d = k - mean;
             squares += second + d * (2.0 * first + n * d);
         }
-        // Rounding may leave a constant channel with a variance of −1e-20.
-        [mean, squares.max(0.0) / count]
+        // Rounding may leave a constant channel with a variance of −1e-20. Not by `max`, which would take a NaN for 0.
+        let squares = if squares < 0.0 { 0.0 } else { squares };
+        [mean, squares / count]
     }
 
     /// Pixels, shift and the two sums of deviations from it, piece by piece.

@@ -424,9 +424,18 @@ impl<T: Copy + Send> Slabs<T> {
         while self.taken[slot].swap(true, Ordering::Acquire) {
             slot = (slot + 1) % self.count;
         }
+        let _lent = Lent(&self.taken[slot]);
         // SAFETY: `new` saw that the slab lies in the scratch, and nobody else has it.
         task(unsafe { std::slice::from_raw_parts_mut(self.start.at(slot * self.len), self.len) });
-        self.taken[slot].store(false, Ordering::Release);
+    }
+}
+
+/// Gives a slab back, also when its task panics: the others wait for it.
+struct Lent<'a>(&'a AtomicBool);
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
 }
 
