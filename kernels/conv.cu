@@ -661,12 +661,14 @@ conv_narrow_weights(const float* from, bf16* to, size_t vectors, int channels, i
     pad(from, to, vectors, channels, padded);
 }
 
-// Of the statistics of groups of `rows` pixels (the last may be less), as `correlate` writes them, the sums
-// Σ y and Σ y² of a chunk of `chunk` groups: sums[chunk][output][2]. In f64, in which their difference later is as
+// Of the statistics of groups of `rows` pixels, as `correlate` writes them, the sums Σ y and Σ y² of a chunk of
+// `chunk` groups: sums[chunk][output][2]. The `pixels` come in parts of part_pixels, the last of which may have fewer,
+// whose part_groups groups are full but for the last. In f64, in which their difference later is as
 // good as what it comes from. Eight warps take every eighth group of 32 outputs.
 // Grid: (ceil(outputs / 32), chunks) blocks of kThreads.
 extern "C" __global__ void __launch_bounds__(kThreads)
-conv_statistics_sums(const void* statistics, double* sums, int groups, int outputs, int pixels, int rows, int chunk) {
+conv_statistics_sums(const void* statistics, double* sums, int groups, int outputs, int pixels, int rows,
+                     int part_groups, int part_pixels, int chunk) {
     constexpr int warps = kThreads / 32;
     SHARED(double, parts, warps, 32, 2);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, o = blockIdx.x * 32 + lane;
@@ -677,7 +679,9 @@ conv_statistics_sums(const void* statistics, double* sums, int groups, int outpu
         for (int group = begin + warp; group < end; group += warps) {
             const Vector<float, 2> v =
                 static_cast<const Vector<float, 2>*>(statistics)[static_cast<size_t>(group) * outputs + o];
-            const double mean = v.at[0], total = mean * min(rows, pixels - group * rows);
+            const int part = group / part_groups;
+            const int left = min(part_pixels, pixels - part * part_pixels) - (group - part * part_groups) * rows;
+            const double mean = v.at[0], total = mean * min(rows, left);
             sum += total;
             squares += v.at[1] + total * mean;
         }

@@ -75,6 +75,12 @@ impl Pointer {
         Self::to(self.address + bytes as u64, false)
     }
 
+    /// The same from element `count` on.
+    pub fn skip(self, count: usize) -> Self {
+        let bytes = if self.narrow { 2 } else { 4 };
+        Self::to(self.address + (count * bytes) as u64, self.narrow)
+    }
+
     /// Whether the elements are bf16.
     pub fn is_narrow(self) -> bool {
         self.narrow

@@ -25,8 +25,11 @@ const SPREAD: usize = 1 << 18;
 const PIECE: usize = 64;
 /// Blocks that a direct weight gradient is cut into, about: enough for any GPU.
 const BLOCKS: usize = 2048;
-/// Groups of statistics that are added together first.
+/// Groups of statistics that are added together first, at least, and how many such sums there are at most.
 const CHUNK: usize = 64;
+const CHUNKS: usize = 1024;
+/// Elements that offsets in `conv.cu` reach: they are `int`s. Of larger tensors it takes some images at a time.
+const REACH: usize = i32::MAX as usize;
 
 /// What happens to the sums of a convolution before they are stored.
 #[derive(Clone, Copy, Default)]
@@ -49,7 +52,7 @@ pub(in crate::ops) fn forward(
     if finish.statistics.is_none() && is_small(geometry, geometry.output()) {
         return direct_forward(at, geometry, [x, w, y], finish);
     }
-    let product = Product::forward(geometry, x.is_narrow());
+    let product = Product::forward(geometry, x.is_narrow(), REACH);
     if product.fits() && [x, w, y].iter().all(|p| p.is_aligned(16)) {
         product.launch(at, [x, w, y], finish)
     } else {
@@ -59,7 +62,11 @@ pub(in crate::ops) fn forward(
 
 /// Bytes of scratch that [`forward`] needs.
 pub(in crate::ops) fn forward_scratch(geometry: &Geometry, statistics: bool) -> usize {
-    let bytes = |narrow| Product::forward(geometry, narrow).scratch(statistics).end;
+    let bytes = |narrow| {
+        Product::forward(geometry, narrow, REACH)
+            .scratch(statistics)
+            .end
+    };
     bytes(false).max(bytes(true))
 }
 
@@ -69,7 +76,7 @@ pub(in crate::ops) fn input_gradient(
     geometry: &Geometry,
     [w, dy, dx]: [Pointer; 3],
 ) -> Result<()> {
-    let product = Product::input_gradient(geometry, dy.is_narrow());
+    let product = Product::input_gradient(geometry, dy.is_narrow(), REACH);
     let aligned = [w, dy, dx].iter().all(|p| p.is_aligned(16));
     if aligned && product.fits() && !is_small(geometry, geometry.x) {
         return product.launch(at, [dy, w, dx], Finish::default());
@@ -90,7 +97,11 @@ pub(in crate::ops) fn input_gradient(
 
 /// Bytes of scratch that [`input_gradient`] needs.
 pub(in crate::ops) fn input_gradient_scratch(geometry: &Geometry) -> usize {
-    let bytes = |narrow| Product::input_gradient(geometry, narrow).scratch(false).end;
+    let bytes = |narrow| {
+        Product::input_gradient(geometry, narrow, REACH)
+            .scratch(false)
+            .end
+    };
     bytes(false).max(bytes(true))
 }
 
@@ -100,7 +111,7 @@ pub(in crate::ops) fn weight_gradient(
     geometry: &Geometry,
     [x, dy, dw]: [Pointer; 3],
 ) -> Result<()> {
-    let product = WeightProduct::new(geometry, x.is_narrow());
+    let product = WeightProduct::new(geometry, x.is_narrow(), REACH);
     let aligned = [x, dy, dw].iter().all(|p| p.is_aligned(16));
     let uniform = x.is_narrow() == dy.is_narrow();
     if aligned && uniform && product.fits() && !is_small(geometry, geometry.output()) {
@@ -132,7 +143,7 @@ pub(in crate::ops) fn weight_gradient(
 /// Bytes of scratch that [`weight_gradient`] needs.
 pub(in crate::ops) fn weight_gradient_scratch(geometry: &Geometry) -> usize {
     let direct = direct_pieces(geometry).1 * geometry.w.len() * size_of::<f32>();
-    let bytes = |narrow| WeightProduct::new(geometry, narrow).scratch().end;
+    let bytes = |narrow| WeightProduct::new(geometry, narrow, REACH).scratch().end;
     bytes(false).max(bytes(true)).max(direct)
 }
 
@@ -192,7 +203,8 @@ struct Product {
     /// Whether the weights' two channels change places.
     transposed: bool,
     narrow: bool,
-    fits: bool,
+    /// Images of a launch; 0 if `conv.cu` cannot take them.
+    images: usize,
 }
 
 /// Offsets of what lies in the scratch of a product.
@@ -215,7 +227,7 @@ impl Scratch {
 }
 
 impl Product {
-    fn forward(geometry: &Geometry, narrow: bool) -> Self {
+    fn forward(geometry: &Geometry, narrow: bool, reach: usize) -> Self {
         let channels = filled(geometry.x.c, narrow);
         Self {
             parts: vec![geometry.forward()],
@@ -225,11 +237,11 @@ impl Product {
             taps: geometry.w.h * geometry.w.w,
             transposed: false,
             narrow,
-            fits: fits(geometry, narrow),
+            images: images(geometry, narrow, reach),
         }
     }
 
-    fn input_gradient(geometry: &Geometry, narrow: bool) -> Self {
+    fn input_gradient(geometry: &Geometry, narrow: bool, reach: usize) -> Self {
         let parts = geometry.phases();
         Self {
             parts: parts.filter(|p| !p.pixels.contains(&0)).collect(),
@@ -239,12 +251,20 @@ impl Product {
             taps: geometry.w.h * geometry.w.w,
             transposed: true,
             narrow,
-            fits: fits(geometry, narrow),
+            images: images(geometry, narrow, reach),
         }
     }
 
     fn fits(&self) -> bool {
-        self.fits
+        self.images > 0
+    }
+
+    /// The images of each launch: the first, and their number.
+    fn launches(&self) -> impl Iterator<Item = (usize, usize)> {
+        let (n, images) = (self.x.n, self.images);
+        (0..n)
+            .step_by(images)
+            .map(move |first| (first, images.min(n - first)))
     }
 
     fn copies_x(&self) -> bool {
@@ -255,15 +275,23 @@ impl Product {
         self.narrow || self.transposed || self.copies_x()
     }
 
-    /// Output pixels of the part that has most.
-    fn pixels(&self) -> usize {
-        let pixels = |p: &Correlation| p.x.n * p.pixels[0] * p.pixels[1];
+    /// Output pixels that `images` have in the part that has most.
+    fn pixels(&self, images: usize) -> usize {
+        let pixels = |p: &Correlation| images * p.pixels[0] * p.pixels[1];
         self.parts.iter().map(pixels).max().unwrap_or(0)
     }
 
-    fn blocks(&self, tile: &Tile) -> usize {
-        let rows = self.pixels().div_ceil(tile.rows);
+    fn blocks(&self, images: usize, tile: &Tile) -> usize {
+        let rows = self.pixels(images).div_ceil(tile.rows);
         self.parts.len() * rows * self.outputs.div_ceil(tile.columns)
+    }
+
+    /// Groups of pixels that give statistics, in all launches.
+    fn groups(&self) -> usize {
+        let group = self.tile().group;
+        self.launches()
+            .map(|(_, images)| self.pixels(images).div_ceil(group))
+            .sum()
     }
 
     /// The largest tile that leaves no more of itself empty than half as wide a one would, and makes enough blocks
@@ -272,8 +300,10 @@ impl Product {
         let covered = |tile: &Tile| self.outputs.next_multiple_of(tile.columns);
         match self.narrow {
             true if self.outputs <= TALL.columns => &TALL,
-            true if covered(&WIDE) == covered(&MEDIUM) && self.blocks(&WIDE) >= 256 => &WIDE,
-            true if self.blocks(&MEDIUM) >= 128 => &MEDIUM,
+            true if covered(&WIDE) == covered(&MEDIUM) && self.blocks(self.x.n, &WIDE) >= 256 => {
+                &WIDE
+            }
+            true if self.blocks(self.x.n, &MEDIUM) >= 128 => &MEDIUM,
             true => &SMALL,
             false if self.outputs <= FULL_TALL.columns => &FULL_TALL,
             false => &FULL_MEDIUM,
@@ -282,6 +312,9 @@ impl Product {
 
     fn scratch(&self, statistics: bool) -> Scratch {
         let mut scratch = Scratch::default();
+        if !self.fits() {
+            return scratch;
+        }
         let element = if self.narrow { 2 } else { 4 };
         if self.copies_x() {
             scratch.x = scratch.take(self.x.rows() * self.channels * element);
@@ -290,9 +323,9 @@ impl Product {
             scratch.w = scratch.take(self.outputs * self.taps * self.channels * element);
         }
         if statistics {
-            let groups = self.pixels().div_ceil(self.tile().group);
+            let groups = self.groups();
             scratch.statistics = scratch.take(groups * self.outputs * 8);
-            scratch.sums = scratch.take(groups.div_ceil(CHUNK) * self.outputs * 16);
+            scratch.sums = scratch.take(groups.div_ceil(chunk(groups)) * self.outputs * 16);
         }
         scratch
     }
@@ -310,38 +343,46 @@ impl Product {
         } else {
             w
         };
-        let table: Vec<u64> = self.parts.iter().flat_map(|p| self.words(p)).collect();
-        let table = at.constant(&table)?;
         let tile = self.tile();
-        let statistics = match finish.statistics {
-            Some(_) => at.scratch_at(scratch.statistics, false),
-            None => Pointer::NULL,
-        };
-        let words = [
-            Stored::from(x).word(),
-            Stored::from(w).word(),
-            Full::from(finish.bias.unwrap_or(Pointer::NULL)).word(),
-            Stored::from(y).word(),
-            Full::from(statistics).word(),
-            Full::from(table).word(),
-            at.int(self.parts.len())?.word(),
-            at.int(self.outputs.div_ceil(tile.columns))?.word(),
-            finish.activation.number().word(),
-        ];
-        let grid = Grid::new(self.blocks(tile), tile.threads as u32)
-            .with_shared(STAGES * (tile.rows + tile.columns) * ROW);
-        match tile.name {
-            0 => at.launch(grid, &Correlate::<0>(words)),
-            1 => at.launch(grid, &Correlate::<1>(words)),
-            2 => at.launch(grid, &Correlate::<2>(words)),
-            _ => at.launch(grid, &Correlate::<3>(words)),
-        }?;
+        let columns = self.outputs.div_ceil(tile.columns);
+        let statistics = at.scratch_at(scratch.statistics, false);
+        let mut groups = 0;
+        for (first, images) in self.launches() {
+            let words = self.parts.iter().flat_map(|p| self.words(p, images));
+            let table = at.constant(&words.collect::<Vec<u64>>())?;
+            let to = match finish.statistics {
+                Some(_) => statistics.after(groups * self.outputs * 8),
+                None => Pointer::NULL,
+            };
+            let words = [
+                Stored::from(x.skip(first * self.x.pixels() * self.channels)).word(),
+                Stored::from(w).word(),
+                Full::from(finish.bias.unwrap_or(Pointer::NULL)).word(),
+                Stored::from(y.skip(first * self.parts[0].y.image)).word(),
+                Full::from(to).word(),
+                Full::from(table).word(),
+                at.int(self.parts.len())?.word(),
+                at.int(columns)?.word(),
+                finish.activation.number().word(),
+            ];
+            let grid = Grid::new(self.blocks(images, tile), tile.threads as u32)
+                .with_shared(STAGES * (tile.rows + tile.columns) * ROW);
+            match tile.name {
+                0 => at.launch(grid, &Correlate::<0>(words)),
+                1 => at.launch(grid, &Correlate::<1>(words)),
+                2 => at.launch(grid, &Correlate::<2>(words)),
+                _ => at.launch(grid, &Correlate::<3>(words)),
+            }?;
+            groups += self.pixels(images).div_ceil(tile.group);
+        }
         let Some([mean, variance]) = finish.statistics else {
             return Ok(());
         };
         let sums = at.scratch_at(scratch.sums, false);
-        let (groups, pixels) = (self.pixels().div_ceil(tile.group), at.int(self.pixels())?);
+        let pixels = at.int(self.pixels(self.x.n))?;
         let outputs = at.int(self.outputs)?;
+        let part = self.pixels(self.images);
+        let chunk = chunk(groups);
         let arguments = StatisticsSums {
             statistics: statistics.into(),
             sums: sums.into(),
@@ -349,9 +390,11 @@ impl Product {
             outputs,
             pixels,
             rows: at.int(tile.group)?,
-            chunk: at.int(CHUNK)?,
+            part_groups: at.int(part.div_ceil(tile.group))?,
+            part_pixels: at.int(part)?,
+            chunk: at.int(chunk)?,
         };
-        let chunks = groups.div_ceil(CHUNK);
+        let chunks = groups.div_ceil(chunk);
         let grid = Grid::new(self.outputs.div_ceil(32), THREADS as u32);
         at.launch(along_y(grid, chunks), &arguments)?;
         let arguments = StatisticsFinish {
@@ -401,8 +444,8 @@ impl Product {
         Ok(to)
     }
 
-    /// One part as `struct Correlation` of `conv.cu`.
-    fn words(&self, of: &Correlation) -> Vec<u64> {
+    /// One part as `struct Correlation` of `conv.cu`, of so many images.
+    fn words(&self, of: &Correlation, images: usize) -> Vec<u64> {
         let int = |x: usize| x as u32;
         let signed = |x: isize| (x as i32).cast_unsigned();
         // Weights lie as in the copy, whose innermost channels are those of this product, filled up.
@@ -427,7 +470,7 @@ impl Product {
             [int(of.x.h), int(of.x.w), int(channels), int(of.pixels[0])],
             [
                 int(of.pixels[1]),
-                int(of.x.n * pixels),
+                int(images * pixels),
                 int(self.outputs),
                 int(of.taps[0]),
             ],
@@ -498,14 +541,14 @@ struct WeightProduct {
     tile: usize,
     edge: usize,
     threads: usize,
-    /// Output pixels of a piece, and the number of pieces.
+    /// Output pixels of a piece, and the number of pieces in all launches.
     piece: usize,
     pieces: usize,
 }
 
 impl WeightProduct {
-    fn new(geometry: &Geometry, narrow: bool) -> Self {
-        let mut forward = Product::forward(geometry, narrow);
+    fn new(geometry: &Geometry, narrow: bool, reach: usize) -> Self {
+        let mut forward = Product::forward(geometry, narrow, reach);
         let outputs = filled(geometry.w.n, narrow);
         // It is `dy` whose rows it reads.
         forward.outputs = outputs;
@@ -528,6 +571,14 @@ impl WeightProduct {
             .map_or(1, |(_, cut)| cut);
         let piece = pixels.div_ceil(cut).max(8 * depth);
         let piece = piece.next_multiple_of(depth);
+        let image = geometry.output().pixels();
+        let pieces = match forward.fits() {
+            true => forward
+                .launches()
+                .map(|(_, n)| (n * image).div_ceil(piece))
+                .sum(),
+            false => 0,
+        };
         Self {
             forward,
             y: geometry.output(),
@@ -537,7 +588,7 @@ impl WeightProduct {
             edge,
             threads,
             piece,
-            pieces: pixels.div_ceil(piece),
+            pieces,
         }
     }
 
@@ -562,6 +613,9 @@ impl WeightProduct {
     /// `w` being where the copy of `dy` lies, `sums` the pieces.
     fn scratch(&self) -> Scratch {
         let mut scratch = Scratch::default();
+        if !self.fits() {
+            return scratch;
+        }
         let element = if self.forward.narrow { 2 } else { 4 };
         if self.forward.copies_x() {
             scratch.x = scratch.take(self.forward.x.rows() * self.forward.channels * element);
@@ -593,23 +647,28 @@ impl WeightProduct {
         } else {
             dw
         };
-        let table = at.constant(&forward.words(&forward.parts[0]))?;
         let columns = (forward.taps * forward.channels).div_ceil(self.edge);
-        let words = [
-            Stored::from(x).word(),
-            Stored::from(dy).word(),
-            Full::from(to).word(),
-            Full::from(table).word(),
-            at.int(columns)?.word(),
-            at.int(self.piece)?.word(),
-        ];
         let blocks = self.outputs.div_ceil(self.edge) * columns;
         let grid = Grid::new(blocks, self.threads as u32).with_shared(STAGES * 2 * self.edge * ROW);
-        let grid = along_y(grid, self.pieces);
-        match self.tile {
-            0 => at.launch(grid, &WeightGradient::<0>(words)),
-            _ => at.launch(grid, &WeightGradient::<1>(words)),
-        }?;
+        let mut done = 0;
+        for (first, images) in forward.launches() {
+            let table = at.constant(&forward.words(&forward.parts[0], images))?;
+            let words = [
+                Stored::from(x.skip(first * forward.x.pixels() * forward.channels)).word(),
+                Stored::from(dy.skip(first * self.y.pixels() * self.outputs)).word(),
+                Full::from(to.skip(done * self.len())).word(),
+                Full::from(table).word(),
+                at.int(columns)?.word(),
+                at.int(self.piece)?.word(),
+            ];
+            let pieces = (images * self.y.pixels()).div_ceil(self.piece);
+            let grid = along_y(grid, pieces);
+            match self.tile {
+                0 => at.launch(grid, &WeightGradient::<0>(words)),
+                _ => at.launch(grid, &WeightGradient::<1>(words)),
+            }?;
+            done += pieces;
+        }
         if self.adds() {
             let channels = [self.w.c, forward.channels];
             add_pieces(at, [to, dw], self.w, [self.len(), self.pieces], channels)?;
@@ -635,7 +694,8 @@ kernel! {
 }
 kernel! {
     struct StatisticsSums = "conv_statistics_sums" {
-        statistics: Full, sums: Full, groups: i32, outputs: i32, pixels: i32, rows: i32, chunk: i32
+        statistics: Full, sums: Full, groups: i32, outputs: i32, pixels: i32, rows: i32,
+        part_groups: i32, part_pixels: i32, chunk: i32
     }
 }
 kernel! {
@@ -659,21 +719,27 @@ fn filled(channels: usize, narrow: bool) -> usize {
     channels.next_multiple_of(vector(narrow))
 }
 
-/// Whether `conv.cu` can compute a convolution and its gradients: few enough taps, and offsets that are `int`s,
-/// those of pixels outside of the image included.
-fn fits(geometry: &Geometry, narrow: bool) -> bool {
+/// Images that one launch of `conv.cu` takes, of a convolution or its gradients, such that all offsets are less than
+/// `reach`, those of pixels outside of the image included; 0 if it has too many taps or a single image is too large.
+fn images(geometry: &Geometry, narrow: bool, reach: usize) -> usize {
     let (x, w, y) = (geometry.x, geometry.w, geometry.output());
     let inner = filled(x.c, narrow).max(filled(y.c, narrow));
-    let outside = |of: Shape| {
-        let rows = of.n * of.h + geometry.padding[0] + 64;
-        rows * (of.w + geometry.padding[1] + 64) * inner
+    let most = |of: Shape| {
+        let row = (of.w + geometry.padding[1] + 64) * inner;
+        (reach / row).saturating_sub(geometry.padding[0] + 64) / of.h
     };
-    let weights = inner * inner * w.h * w.w;
-    w.h <= TAPS[0]
-        && w.w <= TAPS[1]
-        && [outside(x), outside(y), weights]
-            .iter()
-            .all(|&len| len <= i32::MAX as usize)
+    if w.h > TAPS[0] || w.w > TAPS[1] || inner * inner * w.h * w.w > reach {
+        return 0;
+    }
+    match most(x).min(most(y)) {
+        0 => 0,
+        most => super::pieces(x.n, most).0,
+    }
+}
+
+/// Of so many groups of statistics, how many are added together first.
+fn chunk(groups: usize) -> usize {
+    groups.div_ceil(CHUNKS).max(CHUNK)
 }
 
 /// Whether direct computation of a result that has the pixels of `of` is quick.
@@ -866,7 +932,7 @@ mod tests {
     #[test]
     fn tiles_follow_from_extents() {
         let chosen = |x: Shape, o: usize, kernel: usize, narrow: bool| {
-            let product = Product::forward(&geometry(x, o, kernel), narrow);
+            let product = Product::forward(&geometry(x, o, kernel), narrow, REACH);
             assert!(product.fits());
             TILES[product.tile().name]
         };
@@ -880,9 +946,209 @@ mod tests {
     }
 
     #[test]
-    fn what_offsets_cannot_reach_is_left_to_the_direct_kernels() {
-        assert!(!fits(&geometry(Shape::new(64, 512, 512, 128), 8, 1), true));
-        assert!(fits(&geometry(Shape::new(64, 512, 512, 64), 8, 1), true));
-        assert!(!fits(&geometry(Shape::new(1, 64, 64, 8), 8, 17), true));
+    fn what_offsets_cannot_reach_is_cut_into_launches() {
+        let taken = |x: Shape, kernel: usize| images(&geometry(x, 8, kernel), true, REACH);
+        let large = |n: usize, c: usize| Shape::new(n, 512, 512, c);
+        assert_eq!(taken(large(64, 64), 1), 64);
+        assert_eq!(taken(large(64, 128), 1), 32);
+        assert_eq!(taken(large(65, 128), 3), 33);
+        assert_eq!(taken(Shape::new(2, 1 << 14, 1 << 14, 8), 1), 0);
+        assert_eq!(taken(Shape::new(1, 64, 64, 8), 17), 0);
+    }
+}
+
+#[cfg(all(test, echograd_emulator))]
+mod launches {
+    //! Tensors beyond what offsets reach, which is not much here.
+
+    use super::*;
+    use crate::device::cpu::{self, Io};
+    use crate::device::gpu::{self, Gpu};
+    use crate::gradcheck::Sampler;
+    use crate::ops::conv2d::{Conv2d, Conv2dInputGradient, Conv2dWeightGradient};
+    use crate::ops::{Kernel, Op};
+    use crate::tape::{Options, Plan, Tape};
+
+    /// A convolution or a gradient whose kernels reach no more than `reach` elements.
+    #[derive(Debug)]
+    struct Within<O> {
+        op: O,
+        geometry: Geometry,
+        reach: usize,
+        kind: Kind,
+    }
+
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    enum Kind {
+        Forward,
+        Input,
+        Weight,
+    }
+
+    impl<T, O: Kernel<T>> Kernel<T> for Within<O> {
+        fn run(&self, io: &mut Io<'_, T>) {
+            self.op.run(io);
+        }
+    }
+
+    impl<O: Op> Within<O> {
+        fn correlation(&self, narrow: bool) -> Product {
+            let of = match self.kind {
+                Kind::Forward => Product::forward,
+                _ => Product::input_gradient,
+            };
+            of(&self.geometry, narrow, self.reach)
+        }
+        fn weights(&self, narrow: bool) -> WeightProduct {
+            WeightProduct::new(&self.geometry, narrow, self.reach)
+        }
+    }
+
+    impl<O: Op> Op for Within<O> {
+        fn name(&self) -> &'static str {
+            self.op.name()
+        }
+        fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
+            self.op.outputs(inputs)
+        }
+        fn scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
+            self.op.scratch(inputs, outputs)
+        }
+        fn narrow(&self, output: usize, inputs: &[bool]) -> bool {
+            self.op.narrow(output, inputs)
+        }
+        fn device_scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
+            let bytes = |narrow| match self.kind {
+                Kind::Weight => self.weights(narrow).scratch().end,
+                kind => self.correlation(narrow).scratch(kind == Kind::Forward).end,
+            };
+            bytes(false).max(bytes(true))
+        }
+        fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
+            let (a, b, to) = (at.input(0), at.input(1), at.output(0));
+            match self.kind {
+                Kind::Forward => {
+                    let finish = Finish {
+                        statistics: Some([at.output(1), at.output(2)]),
+                        ..Finish::default()
+                    };
+                    self.correlation(a.is_narrow())
+                        .launch(at, [a, b, to], finish)
+                }
+                Kind::Input => {
+                    let product = self.correlation(b.is_narrow());
+                    product.launch(at, [b, a, to], Finish::default())
+                }
+                Kind::Weight => self.weights(a.is_narrow()).launch(at, [a, b, to]),
+            }
+        }
+    }
+
+    /// The outputs of an operation on numbers that bf16 holds, by the processor in f64 and by the emulator, within
+    /// `tolerance` of the largest, and what the emulator launched.
+    fn compare(op: impl Op + 'static, shapes: [Shape; 2], narrow: [bool; 2]) -> Vec<String> {
+        let mut tape = Tape::new();
+        let vars = shapes.map(|shape| tape.input("input", shape));
+        for (var, narrow) in vars.into_iter().zip(narrow) {
+            if narrow {
+                tape.narrow(var);
+            }
+        }
+        let outputs = tape.push_all(op, &vars).unwrap();
+        outputs.iter().for_each(|&y| tape.keep(y));
+        let plan = |options| Plan::new(&tape, options).unwrap();
+        let mut expected = cpu::Session::<f64>::new(plan(Options::default())).unwrap();
+        let stored = narrow.contains(&true);
+        let gpu = Gpu::emulator().unwrap();
+        let mut found = gpu::Session::new(&gpu, plan(Options::gpu(stored))).unwrap();
+        let mut s = Sampler::new(7);
+        for (var, shape) in vars.into_iter().zip(shapes) {
+            let values = s.narrow_values(shape.len(), 0.2, 1.0);
+            let rounded: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+            expected.write(var, &values);
+            found.write(var, &rounded).unwrap();
+        }
+        expected.run();
+        found.run().unwrap();
+        for (index, &y) in outputs.iter().enumerate() {
+            let expected = expected.read(y);
+            let largest = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+            let rounding = if tape.values()[y.index()].narrow && stored {
+                1.0 / 256.0
+            } else {
+                0.0
+            };
+            for (i, (found, expected)) in found.read(y).unwrap().iter().zip(expected).enumerate() {
+                let error = (f64::from(*found) - expected).abs();
+                assert!(
+                    error <= 1e-5 * largest + rounding * expected.abs(),
+                    "output {index}, element {i}: {found} for {expected}"
+                );
+            }
+        }
+        let launches = found.launches().iter();
+        launches.map(|l| l.function.name.to_string()).collect()
+    }
+
+    #[test]
+    fn tensors_beyond_reach_are_computed_some_images_at_a_time() {
+        // Channels that fill vectors and not, images whose pixels fill groups and not, strides, one image at a time
+        // and several, the last fewer.
+        for (x, o, kernel, stride, images) in [
+            (Shape::new(5, 9, 10, 8), 16, 3, 1, 2),
+            (Shape::new(3, 8, 8, 24), 40, 1, 1, 1),
+            (Shape::new(7, 11, 12, 3), 9, 3, 2, 3),
+            (Shape::new(4, 16, 16, 8), 8, 5, 2, 1),
+        ] {
+            let w = Shape::new(o, kernel, kernel, x.c);
+            let padding = kernel / 2;
+            let geometry = Geometry::new(x, w, [stride; 2], [padding; 2]).unwrap();
+            let y = geometry.output();
+            for narrow in [false, true] {
+                // As little as lets so many images through.
+                let inner = filled(x.c, narrow).max(filled(o, narrow));
+                let reach = (images * x.h + padding + 64) * (x.w + padding + 64) * inner;
+                let most = super::images(&geometry, narrow, reach);
+                assert_eq!(most, super::super::pieces(x.n, images).0);
+                let launches = x.n.div_ceil(most);
+                let count = |names: &[String], kernel: &str| {
+                    let storage = if narrow { "bf16" } else { "f32" };
+                    let of = |name: &&String| name.starts_with(kernel) && name.ends_with(storage);
+                    names.iter().filter(of).count()
+                };
+                let op = Conv2d::new(stride, padding).with_statistics();
+                let kind = Kind::Forward;
+                let op = Within {
+                    op,
+                    geometry,
+                    reach,
+                    kind,
+                };
+                let names = compare(op, [x, w], [narrow, false]);
+                let tiles =
+                    |names: &[String]| TILES.iter().map(|tile| count(names, tile)).sum::<usize>();
+                assert_eq!(tiles(&names), launches, "{names:?}");
+                let op = Conv2dInputGradient { geometry };
+                let kind = Kind::Input;
+                let op = Within {
+                    op,
+                    geometry,
+                    reach,
+                    kind,
+                };
+                let names = compare(op, [w, y], [false, narrow]);
+                assert_eq!(tiles(&names), launches, "{names:?}");
+                let op = Conv2dWeightGradient { geometry };
+                let kind = Kind::Weight;
+                let op = Within {
+                    op,
+                    geometry,
+                    reach,
+                    kind,
+                };
+                let names = compare(op, [x, y], [narrow; 2]);
+                assert_eq!(count(&names, "conv_weight_gradient"), launches, "{names:?}");
+            }
+        }
     }
 }
