@@ -1271,8 +1271,17 @@ fn profile_predicts_what_a_gpu_would_take() {
         // 3.35 TB/s, 989.4 TFLOP/s, and what a kernel takes at least.
         let number = |key: &str| row[key].as_f64().unwrap();
         let least = (number("bytes") / 3.35e12).max(number("flops") / 989.4e12);
-        assert!((number("seconds") - least.max(2e-6)).abs() < 1e-12, "{row}");
+        let launches = row["kernels"].as_array().unwrap().len();
+        let expected = least.max(2e-6) + 2e-6 * (launches as f64 - 1.0);
+        assert!((number("seconds") - expected).abs() < 1e-12, "{row}");
     }
+    let rows = h100["profiles"][0]["rows"].as_array().unwrap();
+    let launches: usize = rows
+        .iter()
+        .map(|r| r["kernels"].as_array().unwrap().len())
+        .sum();
+    assert_eq!(h100["profiles"][0]["launches"], launches);
+    assert!(launches > rows.len());
     let text = done(
         at,
         &[&["profile", "--step", "--predict", "h200"], &small[..]].concat(),

@@ -1,5 +1,7 @@
 //! `echograd profile`.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -22,7 +24,8 @@ use crate::train::step::TrainingStep;
 /// best, measured first: the bandwidth of a large copy and the rate of multiply-adds on registers. On a GPU each kernel
 /// is timed between two events with empty caches, on the processor each step by the clock; times are medians. On the
 /// emulator nothing is timed: kernels, grids, bytes and arithmetic are listed. With --predict nothing runs: each step gets
-/// the time of its bytes or arithmetic, whichever is longer, by the data sheet of a GPU, at least 2 µs.
+/// the time of its bytes or arithmetic, whichever is longer, by the data sheet of a GPU, at least 2 µs, and as much for each
+/// further launch.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     #[command(flatten)]
@@ -143,9 +146,16 @@ struct Measured<'a> {
     seconds: Option<f64>,
     bytes: u64,
     flops: u64,
+    /// On a GPU.
+    #[serde(skip_serializing_if = "is_zero")]
+    launches: usize,
     /// Of a training step.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     layers: Vec<Layer>,
+}
+
+fn is_zero(x: &usize) -> bool {
+    *x == 0
 }
 
 impl Args {
@@ -204,6 +214,7 @@ impl Args {
                 seconds: Profile::seconds(profile),
                 bytes: profile.bytes(),
                 flops: profile.flops(),
+                launches: profile.launches(),
                 layers: if self.what.step {
                     profile.layers()
                 } else {
@@ -335,6 +346,7 @@ fn print(profile: &Profile, roof: Option<&Roof>, step: bool) -> Result<()> {
     if step {
         print_layers(profile)?;
         print_operations(profile)?;
+        print_kernels(profile)?;
         outln!("\nslowest steps");
     }
     let mut rows: Vec<&Row> = profile.rows.iter().collect();
@@ -475,6 +487,26 @@ fn print_operations(profile: &Profile) -> Result<()> {
         };
         line.print(name, &format!("{}{share}", sum.steps))?;
     }
+    Ok(())
+}
+
+/// How often each kernel is launched, most often first.
+fn print_kernels(profile: &Profile) -> Result<()> {
+    let kernels = profile.rows.iter().flat_map(|row| &row.kernels);
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for kernel in kernels {
+        *counts.entry(&kernel.name).or_default() += 1;
+    }
+    if counts.is_empty() {
+        return Ok(());
+    }
+    let mut counts: Vec<(&str, usize)> = counts.into_iter().collect();
+    counts.sort_by_key(|&(_, count)| Reverse(count));
+    outln!("\n{:<34} {:>8}", "kernel", "launches");
+    for (name, count) in counts {
+        outln!("{name:<34} {count:>8}");
+    }
+    outln!("{:<34} {:>8}", "all", profile.launches());
     Ok(())
 }
 

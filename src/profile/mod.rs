@@ -171,6 +171,11 @@ impl Profile {
         self.rows.iter().map(|row| row.seconds).sum()
     }
 
+    /// Launches of one replay (GPUs).
+    pub fn launches(&self) -> usize {
+        self.rows.iter().map(|row| row.kernels.len()).sum()
+    }
+
     /// Compulsory traffic of one replay, step by step.
     pub fn bytes(&self) -> u64 {
         self.rows.iter().map(|row| row.bytes).sum()
@@ -336,6 +341,29 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
+/// What each step launches, without times.
+fn list_kernels(rows: &mut [Row], gpu: &Gpu, session: &gpu::Session) -> Result<()> {
+    let device = gpu.description();
+    for launch in session.launches() {
+        let (function, grid) = (&launch.function, launch.grid);
+        let blocks = gpu.occupancy(launch)?;
+        let threads: u32 = grid.threads.iter().product();
+        let resident = f64::from(blocks * threads) / f64::from(device.threads);
+        rows[launch.step].kernels.push(Kernel {
+            name: function.name.to_string(),
+            blocks: grid.blocks,
+            threads: grid.threads,
+            registers: function.registers,
+            shared_bytes: function.shared + grid.shared,
+            local_bytes: function.local,
+            occupancy: (device.threads > 0).then_some(resident),
+            seconds: None,
+            last: None,
+        });
+    }
+    Ok(())
+}
+
 /// Share of the roofline of each measured row.
 fn compare(rows: &mut [Row], roof: &Roof) {
     for row in rows {
@@ -347,22 +375,26 @@ fn compare(rows: &mut [Row], roof: &Roof) {
 /// accesses to memory.
 pub const LEAST: f64 = 2e-6;
 
-/// Predicts a tape's times on a GPU that is not there: of each step the time at the roof, at least [`LEAST`].
-/// Steps are counted as one kernel each; kernels that do not reach the roof take longer.
+/// Predicts a tape's times on a GPU that is not there: of each step the time at the roof, at least [`LEAST`], and as
+/// much again for each launch of it but the first. Kernels that do not reach the roof take longer.
 ///
 /// # Errors
-/// If the plan cannot be addressed.
+/// If the plan cannot be addressed, or an operation has no kernel.
 pub fn predict(title: &str, tape: &Tape, narrow: bool, roof: &Roof) -> Result<Profile> {
     let plan = Plan::new(tape, Options::gpu(narrow))?;
     let mut rows = rows(&plan);
+    let gpu = Gpu::outline();
+    let session = gpu::Session::new(&gpu, plan)?;
+    list_kernels(&mut rows, &gpu, &session)?;
     for row in &mut rows {
-        row.seconds = Some(roof.seconds(row.bytes, row.flops).max(LEAST));
+        let more = row.kernels.len().saturating_sub(1) as f64;
+        row.seconds = Some(roof.seconds(row.bytes, row.flops).max(LEAST) + more * LEAST);
     }
     compare(&mut rows, roof);
     Ok(Profile {
         title: title.to_owned(),
         rows,
-        arena_bytes: plan.len() * size_of::<f32>(),
+        arena_bytes: session.bytes(),
         graph_seconds: None,
         deviation: None,
     })
@@ -439,25 +471,9 @@ pub fn on_gpu(
         return Err(Error::device(title, problem));
     }
     let mut graph_seconds = None;
-    let device = gpu.description();
-    for launch in session.launches() {
-        let (function, grid) = (&launch.function, launch.grid);
-        let blocks = gpu.occupancy(launch)?;
-        let threads: u32 = grid.threads.iter().product();
-        let resident = f64::from(blocks * threads) / f64::from(device.threads);
-        rows[launch.step].kernels.push(Kernel {
-            name: function.name.to_string(),
-            blocks: grid.blocks,
-            threads: grid.threads,
-            registers: function.registers,
-            shared_bytes: function.shared + grid.shared,
-            local_bytes: function.local,
-            occupancy: (device.threads > 0).then_some(resident),
-            seconds: None,
-            last: None,
-        });
-    }
+    list_kernels(&mut rows, gpu, &session)?;
     if let Some(roof) = roof {
+        let device = gpu.description();
         let flush = gpu.memory(2 * device.l2 as usize)?;
         let launches = session.launches().len();
         let mut times = vec![Vec::new(); launches];

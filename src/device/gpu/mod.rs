@@ -2,7 +2,8 @@
 //!
 //! A [`Gpu`] has one of two ends: the driver of a real GPU (feature `cuda`) or the emulator, which runs
 //! the same kernels on the CPU for tests (feature `emulator`). Everything above the ends is shared, so
-//! that the emulator tests launch shapes and arguments as well as kernels.
+//! that the emulator tests launch shapes and arguments as well as kernels. A third end runs nothing and only tells
+//! what would be launched.
 //!
 //! - [`launch`]: how an operation says what to launch; one typed wrapper per kernel;
 //! - [`Session`]: memory and launches of one plan, and their replay;
@@ -16,6 +17,7 @@ pub(crate) mod driver;
 #[cfg(feature = "emulator")]
 mod emulated;
 pub mod launch;
+mod outline;
 mod session;
 
 use std::sync::Arc;
@@ -173,6 +175,11 @@ impl Gpu {
             "cuda",
             "not in this build, which lacks the feature `cuda`",
         ))
+    }
+
+    /// No device at all: sessions on it can be made, to see what they would launch, but not run.
+    pub(crate) fn outline() -> Self {
+        Self(Arc::new(outline::Outline::default()))
     }
 
     /// What it is.
