@@ -622,58 +622,109 @@ __device__ __forceinline__ void pad(const From* from, To* to, size_t vectors, in
     store_vector(to + i * n, v);
 }
 
-// to[c][tap][o] = from[o][tap][c] in T's storage, rows of `padded` outputs. Grid: (ceil(channels / 32),
-// ceil(padded / 32), taps) blocks of kThreads. Any alignment.
-template <class T>
-__device__ __forceinline__ void transpose_weights(const float* from, T* to, int outputs, int padded, int channels) {
-    SHARED(float, tile, 32, 33);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int c = blockIdx.x * 32, o = blockIdx.y * 32;
-    const size_t tap = blockIdx.z, taps = gridDim.z;
+extern "C" __global__ void __launch_bounds__(kThreads)
+conv_pad_f32(const float* from, float* to, size_t vectors, int channels, int padded) {
+    pad(from, to, vectors, channels, padded);
+}
+extern "C" __global__ void __launch_bounds__(kThreads)
+conv_pad_bf16(const bf16* from, bf16* to, size_t vectors, int channels, int padded) {
+    pad(from, to, vectors, channels, padded);
+}
+
+// A copy of f32 weights that lie as [rows][taps][columns], by tiles of kCopyRows × kCopyColumns of each tap: with rows of
+// `padded` columns or, turned, as [columns][taps][padded rows].
+struct WeightCopy {
+    const float* from;
+    void* to;
+    // The number of its first block, and tiles.
+    int first, row_tiles, column_tiles;
+    int rows, taps, columns, padded, flags;
+};
+constexpr int kTurned = 1, kNarrow = 2;
+constexpr int kCopyRows = 32, kCopyColumns = 128;
+
+// Makes all copies of a table, ordered by their first blocks.
+// Grid: row_tiles · column_tiles · taps blocks of kThreads for each copy. Any alignment.
+extern "C" __global__ void __launch_bounds__(kThreads)
+copy_weights(const WeightCopy* copies, int count) {
+    SHARED(float, tile, kCopyRows, kCopyColumns + 1);
+    constexpr int each = kCopyRows * kCopyColumns / kThreads;
+    int low = 0, high = count;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (copies[middle].first <= static_cast<int>(blockIdx.x)) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    const WeightCopy of = copies[low];
+    const bool turned = (of.flags & kTurned) != 0;
+    const Elements to{global_address(of.to), (of.flags & kNarrow) != 0};
+    const int block = static_cast<int>(blockIdx.x) - of.first, tiles = block / of.column_tiles;
+    const int column = (block - tiles * of.column_tiles) * kCopyColumns, row = tiles % of.row_tiles * kCopyRows;
+    const size_t tap = tiles / of.row_tiles, taps = of.taps;
+    const float* const from = global_address(of.from);
+    float v[each];
 #pragma unroll
-    for (int i = warp; i < 32; i += kThreads / 32) {
-        const bool valid = o + i < outputs && c + lane < channels;
-        tile[i][lane] = valid ? from[((o + i) * taps + tap) * channels + c + lane] : 0.0f;
+    for (int i = 0; i < each; ++i) {
+        const int at = i * kThreads + static_cast<int>(threadIdx.x);
+        const int r = row + at / kCopyColumns, c = column + at % kCopyColumns;
+        v[i] = r < of.rows && c < of.columns ? from[(r * taps + tap) * of.columns + c] : 0.0f;
+    }
+    if (!turned) {  // all threads alike
+#pragma unroll
+        for (int i = 0; i < each; ++i) {
+            const int at = i * kThreads + static_cast<int>(threadIdx.x);
+            const int r = row + at / kCopyColumns, c = column + at % kCopyColumns;
+            if (r < of.rows && c < of.padded) to.set((r * taps + tap) * of.padded + c, v[i]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+        const int at = i * kThreads + static_cast<int>(threadIdx.x);
+        tile[at / kCopyColumns][at % kCopyColumns] = v[i];
     }
     __syncthreads();
 #pragma unroll
-    for (int i = warp; i < 32; i += kThreads / 32) {
-        if (c + i < channels && o + lane < padded) {
-            to[((c + i) * taps + tap) * padded + o + lane] = from_float<T>(tile[lane][i]);
+    for (int i = 0; i < each; ++i) {
+        const int at = i * kThreads + static_cast<int>(threadIdx.x);
+        const int r = row + at % kCopyRows, c = column + at / kCopyRows;
+        if (c < of.columns && r < of.padded) {
+            to.set((c * taps + tap) * of.padded + r, tile[at % kCopyRows][at / kCopyRows]);
         }
     }
 }
 
-#define COPIES(T, suffix)                                                                              \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                             \
-        conv_pad_##suffix(const T* from, T* to, size_t vectors, int channels, int padded) {            \
-        pad(from, to, vectors, channels, padded);                                                      \
-    }                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                             \
-        conv_transpose_weights_##suffix(const float* from, T* to, int outputs, int padded,             \
-                                        int channels) {                                                \
-        transpose_weights(from, to, outputs, padded, channels);                                        \
-    }
-COPIES(float, f32)
-COPIES(bf16, bf16)
+// Mean and variance (over N, not N − 1) of each output channel, of the statistics of groups of `rows` pixels, as
+// `correlate` writes them. The `pixels` come in parts of part_pixels, the last of which may have fewer, whose
+// part_groups groups are full but for the last.
+// A block adds Σ y and Σ y² of a chunk of `chunk` groups, in f64, in which their difference later is as good as what it
+// comes from; eight warps take every eighth group of 32 outputs. Where there are more chunks, their sums go to
+// sums[chunk][output][2], and the last block of the outputs adds them.
+// Grid: (ceil(outputs / 32), chunks) blocks of kThreads. counters: one for each blockIdx.x, 0 before and after.
 extern "C" __global__ void __launch_bounds__(kThreads)
-conv_narrow_weights(const float* from, bf16* to, size_t vectors, int channels, int padded) {
-    pad(from, to, vectors, channels, padded);
-}
-
-// Of the statistics of groups of `rows` pixels, as `correlate` writes them, the sums Σ y and Σ y² of a chunk of
-// `chunk` groups: sums[chunk][output][2]. The `pixels` come in parts of part_pixels, the last of which may have fewer,
-// whose part_groups groups are full but for the last. In f64, in which their difference later is as
-// good as what it comes from. Eight warps take every eighth group of 32 outputs.
-// Grid: (ceil(outputs / 32), chunks) blocks of kThreads.
-extern "C" __global__ void __launch_bounds__(kThreads)
-conv_statistics_sums(const void* statistics, double* sums, int groups, int outputs, int pixels, int rows,
-                     int part_groups, int part_pixels, int chunk) {
+conv_statistics(const void* statistics, double* sums, unsigned* counters, float* mean, float* variance, int groups,
+                int outputs, int pixels, int rows, int part_groups, int part_pixels, int chunk) {
     constexpr int warps = kThreads / 32;
     SHARED(double, parts, warps, 32, 2);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, o = blockIdx.x * 32 + lane;
-    const int begin = blockIdx.y * chunk, end = min(begin + chunk, groups);
+    const int begin = blockIdx.y * chunk, end = min(begin + chunk, groups), chunks = gridDim.y;
+    const bool first = warp == 0 && o < outputs;
     double sum = 0.0, squares = 0.0;
+    // Those of all warps, in the first.
+    auto add_warps = [&] {
+        parts[warp][lane][0] = sum;
+        parts[warp][lane][1] = squares;
+        __syncthreads();
+        if (!first) return;
+#pragma unroll
+        for (int i = 1; i < warps; ++i) {
+            sum += parts[i][lane][0];
+            squares += parts[i][lane][1];
+        }
+    };
     if (o < outputs) {
 #pragma unroll 4
         for (int group = begin + warp; group < end; group += warps) {
@@ -681,38 +732,34 @@ conv_statistics_sums(const void* statistics, double* sums, int groups, int outpu
                 static_cast<const Vector<float, 2>*>(statistics)[static_cast<size_t>(group) * outputs + o];
             const int part = group / part_groups;
             const int left = min(part_pixels, pixels - part * part_pixels) - (group - part * part_groups) * rows;
-            const double mean = v.at[0], total = mean * min(rows, left);
+            const double m = v.at[0], total = m * min(rows, left);
             sum += total;
-            squares += v.at[1] + total * mean;
+            squares += v.at[1] + total * m;
         }
     }
-    parts[warp][lane][0] = sum;
-    parts[warp][lane][1] = squares;
-    __syncthreads();
-    if (warp == 0 && o < outputs) {
-#pragma unroll
-        for (int i = 1; i < warps; ++i) {
-            sum += parts[i][lane][0];
-            squares += parts[i][lane][1];
+    add_warps();
+    if (chunks > 1) {
+        volatile double* const all = sums;
+        if (first) {
+            const size_t to = (static_cast<size_t>(blockIdx.y) * outputs + o) * 2;
+            all[to] = sum;
+            all[to + 1] = squares;
         }
-        double* const to = sums + (static_cast<size_t>(blockIdx.y) * outputs + o) * 2;
-        to[0] = sum;
-        to[1] = squares;
+        if (!is_last_block(counters + blockIdx.x, chunks)) return;
+        sum = squares = 0.0;
+        if (o < outputs) {
+#pragma unroll 4
+            for (int i = warp; i < chunks; i += warps) {
+                const size_t from = (static_cast<size_t>(i) * outputs + o) * 2;
+                sum += all[from];
+                squares += all[from + 1];
+            }
+        }
+        add_warps();
     }
-}
-
-// Mean and variance (over N, not N − 1) of each output channel from the sums of `chunks` chunks.
-// Grid: ceil(outputs / (kThreads / 32)) blocks of kThreads, a warp an output.
-extern "C" __global__ void __launch_bounds__(kThreads)
-conv_statistics_finish(const double* sums, float* mean, float* variance, int chunks, int outputs, int pixels) {
-    const int o = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-    if (o >= outputs) return;
-    const double sum = warp_sum(sums + 2 * o, chunks, 2 * outputs);
-    const double squares = warp_sum(sums + 2 * o + 1, chunks, 2 * outputs);
-    const double m = sum / pixels;
-    if (threadIdx.x % 32 == 0) {
+    if (first) {
+        const double m = sum / pixels, v = squares / pixels - m * m;
         mean[o] = static_cast<float>(m);
-        const double v = squares / pixels - m * m;
         variance[o] = static_cast<float>(v < 0.0 ? 0.0 : v);  // NaN stays, as it would not in fmax
     }
 }

@@ -1,6 +1,6 @@
 // Convolution and its gradients as their definitions have them, one thread or a few for each element of the
 // result: for a handful of pixels, where a second launch would cost more than the work (the layers between vectors
-// of a batch), for what conv.cu does not serve (a kernel of more than 11 rows, 2^31 elements, x and dy in different
+// of a batch), for what conv.cu does not serve (a kernel of more than 11 rows, an image of 2^31 elements, x and dy in different
 // storage), and what conv.cu is compared with.
 //
 //     y[n, i, j, o] = Σ x[n, i·sh + r − ph, j·sw + s − pw, c] · w[o, r, s, c]

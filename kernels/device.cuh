@@ -342,6 +342,21 @@ __device__ __forceinline__ double warp_sum(const double* x, int count, int strid
     return warp_reduce(sum, Sum{});
 }
 
+// Whether this block is the last of `blocks` to come here, in all its threads, which must all call it. What the others
+// wrote before is then in memory, to be read as volatile. `counter` is 0 before the first block and after the last.
+__device__ __forceinline__ bool is_last_block(unsigned* counter, unsigned blocks) {
+    SHARED(int, last, 1);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last[0] = atomicAdd(counter, 1u) == blocks - 1;
+        if (last[0] != 0) atomicExch(counter, 0u);
+        __threadfence();
+    }
+    __syncthreads();
+    return last[0] != 0;
+}
+
 // ---- cp.async: global to shared memory behind the threads' backs (a plain copy before sm_80) ----
 
 // Copies `valid` of Bytes (4, 8 or 16) and fills up with zeros. Both addresses are multiples of Bytes, also where

@@ -195,15 +195,24 @@ norm_statistics_finish(const float* partials, const float* counts, float* mean, 
     }
 }
 
-// running = keep * running + weight * new, for both statistics of a channel.
-// Grid: ceil(channels / kThreads) blocks of kThreads.
+// A layer's statistics of the batch, and its running ones.
+struct Running {
+    const float *mean, *var;
+    float *running_mean, *running_var;
+    float mean_weight, var_weight;
+    unsigned long long channels;
+};
+
+// running = keep * running + weight * new, for both statistics of a channel of each layer.
+// Grid: (ceil(most channels / kThreads), layers) blocks of kThreads.
 extern "C" __global__ void __launch_bounds__(kThreads)
-running_statistics(const float* mean, const float* var, float* running_mean, float* running_var,
-                   unsigned channels, float keep, float mean_weight, float var_weight) {
+running_statistics(const Running* layers, float keep) {
+    const Running of = layers[blockIdx.y];
     const unsigned i = blockIdx.x * kThreads + threadIdx.x;
-    if (i >= channels) return;
-    running_mean[i] = fmaf(keep, running_mean[i], mean_weight * mean[i]);
-    running_var[i] = fmaf(keep, running_var[i], var_weight * var[i]);
+    if (i >= of.channels) return;
+    float *const mean = global_address(of.running_mean) + i, *const var = global_address(of.running_var) + i;
+    *mean = fmaf(keep, *mean, of.mean_weight * global_address(of.mean)[i]);
+    *var = fmaf(keep, *var, of.var_weight * global_address(of.var)[i]);
 }
 
 // ---- What belongs to the columns of a thread ----

@@ -260,23 +260,27 @@ fn gradients_may_be_stored_unlike_what_they_belong_to() {
 
 #[test]
 fn running_statistics_follow_the_cpu() {
-    for c in [1, 300] {
-        let vector = Shape::per_channel(c);
+    for channels in [&[1][..], &[300, 7, 256]] {
         let mut tape = Tape::new();
-        let new = [tape.input("mean", vector), tape.input("var", vector)];
-        let running = [tape.state("mean", vector), tape.state("var", vector)];
+        let extents = channels.iter().flat_map(|&c| [Shape::per_channel(c); 2]);
+        let new: Vec<Var> = extents.clone().map(|s| tape.input("new", s)).collect();
+        let running: Vec<Var> = extents
+            .enumerate()
+            .map(|(i, s)| tape.state(&format!("{i}"), s))
+            .collect();
         let op = RunningStatistics {
             momentum: 0.1,
-            count: 37,
+            counts: vec![37, 5, 1000][..channels.len()].to_vec(),
         };
         tape.update(op, &new, &running).unwrap();
         let plan = |options| Plan::new(&tape, options).unwrap();
         let mut cpu = cpu::Session::<f64>::new(plan(Options::default())).unwrap();
         let gpu = Gpu::emulator().unwrap();
         let mut device = gpu::Session::new(&gpu, plan(Options::gpu(true))).unwrap();
-        let mut s = Sampler::new(c as u64);
-        for var in new.into_iter().chain(running) {
-            let values: Vec<f32> = (s.values(c, 0.1, 4.0).iter()).map(|&v| v as f32).collect();
+        let mut s = Sampler::new(channels.len() as u64);
+        for &var in new.iter().chain(&running) {
+            let drawn = s.values(tape.shape(var).len(), 0.1, 4.0);
+            let values: Vec<f32> = drawn.iter().map(|&v| v as f32).collect();
             device.write(var, &values).unwrap();
             let wide: Vec<f64> = values.iter().map(|&x| x.into()).collect();
             cpu.write(var, &wide);

@@ -145,7 +145,12 @@ fn running_statistics(tape: &mut Tape, x: Var, momentum: f64) -> Result<Vec<Var>
     };
     let found = tape.push_all(norm, &[x, gamma, beta])?;
     let count = shape.rows();
-    tape.update(RunningStatistics { momentum, count }, &found[1..], &running)?;
+    let counts = vec![count];
+    tape.update(
+        RunningStatistics { momentum, counts },
+        &found[1..],
+        &running,
+    )?;
     Ok(running.to_vec())
 }
 

@@ -87,6 +87,7 @@ fn record(golden: &Golden, train: bool) -> (Tape, Var, Vec<(Var, Start)>) {
     };
     let mut network = Network::new(&mut tape, mode);
     let maps = b1().record(&mut network, images).unwrap();
+    network.move_statistics().unwrap();
     let starts = network.starts().to_vec();
     let extents: Vec<Shape> = maps.iter().map(|&map| tape.shape(map)).collect();
     let expected = [(2, 16), (4, 24), (8, 40), (16, 112), (32, 1280)]

@@ -42,7 +42,7 @@ use crate::ops::batch_norm::{Normalize, RunningStatistics};
 use crate::ops::conv2d::{Conv2d, Conv2dBias};
 use crate::ops::depthwise_conv2d::{DepthwiseConv2d, DepthwiseConv2dBias};
 use crate::ops::dropout::Dropout;
-use crate::ops::pointwise::{Add, BiasAdd, Relu, Silu};
+use crate::ops::pointwise::{Add, Relu, Silu};
 use crate::ops::stochastic_depth::StochasticDepth;
 use crate::tape::{Kind, Tape, Var};
 use crate::tensor::{Real, Shape};
@@ -107,6 +107,15 @@ pub enum Start {
     Constant(f64),
 }
 
+/// The statistics of the batch normalisations recorded so far.
+#[derive(Default)]
+struct Moved {
+    counts: Vec<usize>,
+    /// Mean and variance of each, of the batch and running.
+    batch: Vec<Var>,
+    running: Vec<Var>,
+}
+
 /// A tape while a model is recorded on it.
 pub struct Network<'a> {
     tape: &'a mut Tape,
@@ -114,6 +123,7 @@ pub struct Network<'a> {
     random_layers: u32,
     starts: Vec<(Var, Start)>,
     folds: Vec<Fold>,
+    moved: Moved,
 }
 
 impl<'a> Network<'a> {
@@ -125,7 +135,25 @@ impl<'a> Network<'a> {
             random_layers: 0,
             starts: Vec::new(),
             folds: Vec::new(),
+            moved: Moved::default(),
         }
+    }
+
+    /// Moves the running statistics of all batch normalisations recorded so far, by one operation: what a model in
+    /// [`Mode::Train`] ends with. In other modes there is nothing to move.
+    ///
+    /// # Errors
+    /// Never.
+    pub fn move_statistics(&mut self) -> Result<()> {
+        let moved = std::mem::take(&mut self.moved);
+        if moved.counts.is_empty() {
+            return Ok(());
+        }
+        let op = RunningStatistics {
+            momentum: BATCH_NORM_MOMENTUM,
+            counts: moved.counts,
+        };
+        self.tape.update(op, &moved.batch, &moved.running)
     }
 
     /// The tape.
@@ -266,12 +294,12 @@ impl<'a> Network<'a> {
             [mean, var] => ([mean, var], true),
             _ => (running, false),
         };
+        if of_batch {
+            self.moved.counts.push(count);
+            self.moved.batch.extend(statistics);
+            self.moved.running.extend(running);
+        }
         self.tape.scope(norm, |tape| {
-            if of_batch {
-                let momentum = BATCH_NORM_MOMENTUM;
-                let update = RunningStatistics { momentum, count };
-                tape.update(update, &statistics, &running)?;
-            }
             let op = Normalize {
                 eps: BATCH_NORM_EPS,
                 activation,
@@ -312,14 +340,19 @@ impl<'a> Network<'a> {
         let weight = self.parameter(layer, "weight", shape, start);
         let shape = Shape::per_channel(channels);
         let bias = self.parameter(layer, "bias", shape, Start::Constant(0.0));
-        let (conv, mode) = (Conv2d::linear(), self.mode);
+        let conv = Conv2d::linear();
+        // Only without one there is a gradient.
+        let (inner, outer) = match self.mode {
+            Mode::Infer => (activation, Activation::Identity),
+            Mode::Train { .. } | Mode::Evaluate => (Activation::Identity, activation),
+        };
         self.tape.scope(layer, |tape| {
-            if let Mode::Infer = mode {
-                return tape.push(Conv2dBias { conv, activation }, &[x, weight, bias]);
-            }
-            let y = tape.push(conv, &[x, weight])?;
-            let y = tape.push(BiasAdd, &[y, bias])?;
-            match activation {
+            let op = Conv2dBias {
+                conv,
+                activation: inner,
+            };
+            let y = tape.push(op, &[x, weight, bias])?;
+            match outer {
                 Activation::Identity => Ok(y),
                 Activation::Relu => tape.push(Relu, &[y]),
                 Activation::Silu => tape.push(Silu, &[y]),
@@ -375,6 +408,7 @@ impl<'a> Network<'a> {
             random_layers,
             starts,
             folds,
+            moved,
         } = self;
         tape.scope(name, |tape| {
             let mut inner = Network {
@@ -383,11 +417,13 @@ impl<'a> Network<'a> {
                 random_layers: *random_layers,
                 starts: std::mem::take(starts),
                 folds: std::mem::take(folds),
+                moved: std::mem::take(moved),
             };
             let result = body(&mut inner);
             *random_layers = inner.random_layers;
             *starts = inner.starts;
             *folds = inner.folds;
+            *moved = inner.moved;
             result
         })
     }

@@ -163,33 +163,34 @@ impl Op for Normalize {
     }
 }
 
-/// Moves running statistics towards those of a batch: for [`crate::tape::Tape::update`], inputs the batch's `mean`
-/// and `var`, targets the running mean and variance (all per channel).
+/// Moves the running statistics of any number of layers towards those of a batch: for
+/// [`crate::tape::Tape::update`], inputs each layer's `mean` and `var` of the batch, targets each layer's running mean
+/// and variance (all per channel).
 ///
 /// As in PyTorch, `momentum` is the weight of the new value, and the running variance is the unbiased one.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RunningStatistics {
     /// Weight of the batch, in 0..=1.
     pub momentum: f64,
-    /// Values per channel that the batch's statistics were taken over, N·H·W; at least 2.
-    pub count: usize,
+    /// For each layer, values per channel that the batch's statistics were taken over, N·H·W; at least 2.
+    pub counts: Vec<usize>,
 }
 
 impl RunningStatistics {
-    /// The factors of what there is, and of the batch's mean and variance.
-    fn weights(&self) -> (f64, [f64; 2]) {
-        let unbiased = self.count as f64 / (self.count - 1) as f64;
-        let weight = self.momentum;
-        (1.0 - weight, [weight, weight * unbiased])
+    /// The factors of a layer's mean and variance.
+    fn weights(&self, layer: usize) -> [f64; 2] {
+        let count = self.counts[layer] as f64;
+        [self.momentum, self.momentum * count / (count - 1.0)]
     }
 }
 
 impl<T: Real> Kernel<T> for RunningStatistics {
     fn run(&self, io: &mut Io<'_, T>) {
-        let (keep, weights) = self.weights();
-        for (i, weight) in weights.into_iter().enumerate() {
+        let keep = T::of(1.0 - self.momentum);
+        let weights = (0..self.counts.len()).flat_map(|layer| self.weights(layer));
+        for (i, weight) in weights.enumerate() {
             let (new, running) = (io.input(i), io.output(i));
-            let (keep, weight) = (T::of(keep), T::of(weight));
+            let weight = T::of(weight);
             for (running, &new) in running.iter_mut().zip(new) {
                 *running = keep * *running + weight * new;
             }
@@ -202,23 +203,25 @@ impl Op for RunningStatistics {
         "running_statistics"
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
-        if self.count < 2 || inputs[0] != inputs[1] {
+        let alike = inputs.chunks(2).all(|pair| pair == [pair[0]; 2]);
+        let few = self.counts.iter().any(|&count| count < 2);
+        if few || !alike || inputs.len() != 2 * self.counts.len() {
             return Err(Error::shape(
                 self.name(),
                 format!(
-                    "expected equal shapes over at least 2 values per channel, found {inputs:?} over {}",
-                    self.count
+                    "expected pairs of equal shapes over at least 2 values per channel, found {inputs:?} over {:?}",
+                    self.counts
                 ),
             ));
         }
         Ok(inputs.to_vec())
     }
     fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
-        6 * inputs[0].len() as u64
+        inputs.iter().map(|s| 3 * s.len() as u64).sum()
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        let (keep, weights) = self.weights();
-        norm::launch_running_statistics(at, keep, weights)
+        let weights: Vec<[f64; 2]> = (0..self.counts.len()).map(|i| self.weights(i)).collect();
+        norm::launch_running_statistics(at, 1.0 - self.momentum, &weights)
     }
 }
 
@@ -286,7 +289,7 @@ mod tests {
         ];
         let op = RunningStatistics {
             momentum: 0.25,
-            count: 5,
+            counts: vec![5],
         };
         tape.update(op, &new, &running).unwrap();
         let mut session =

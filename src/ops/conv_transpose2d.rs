@@ -1,7 +1,7 @@
 //! Transposed convolution: what the input gradient of a convolution computes, as a layer.
 
-use super::conv2d::{Conv2d, Conv2dWeightGradient, Geometry, device, input_gradient};
-use super::{Kernel, Op};
+use super::conv2d::{Conv2d, Conv2dWeightGradient, Geometry, copied, device, input_gradient};
+use super::{Copied, Kernel, Op};
 use crate::device::cpu::Io;
 use crate::device::gpu::launch::Launches;
 use crate::device::simd::Level;
@@ -90,6 +90,10 @@ impl Op for ConvTranspose2d {
         let geometry = self.geometry(at.input_shape(0), at.input_shape(1))?;
         let pointers = [at.input(1), at.input(0), at.output(0)];
         device::input_gradient(at, &geometry, pointers)
+    }
+    fn device_copy(&self, inputs: &[Shape], _: &[Shape]) -> Option<Copied> {
+        let geometry = self.accepted(inputs[0], inputs[1]);
+        copied(1, device::input_gradient_copy(&geometry))
     }
     fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         device::input_gradient_scratch(&self.accepted(inputs[0], inputs[1]))

@@ -8,7 +8,7 @@ use super::concat::Concat;
 use super::consistency::Consistency;
 use super::control;
 use super::conv_transpose2d::ConvTranspose2d;
-use super::conv2d::Conv2d;
+use super::conv2d::{Conv2d, Conv2dBias};
 use super::depthwise_conv2d::DepthwiseConv2d;
 use super::dropout::Dropout;
 use super::gate::Gate;
@@ -80,6 +80,13 @@ pub fn record(tape: &mut Tape, name: &str, shape: Shape) -> Result<(Var, Vec<Var
         "linear" => {
             let w = tape.input("weight", Shape::new(c, 1, 1, c));
             (tape.push(Conv2d::linear(), &[x, w])?, vec![w])
+        }
+        "conv2d_bias" => {
+            let w = tape.input("weight", Shape::new(c, 1, 1, c));
+            let b = channels(tape, "bias");
+            let (conv, activation) = (Conv2d::linear(), Activation::Identity);
+            let op = Conv2dBias { conv, activation };
+            (tape.push(op, &[x, w, b])?, vec![w, b])
         }
         "depthwise_conv2d" => {
             let w = tape.input("weight", Shape::new(c, 3, 3, 1));

@@ -152,11 +152,27 @@ pub trait Op: Kernel<f32> + Kernel<f64> + Debug + Send + Sync {
         Err(Error::NoKernel { op: self.name() })
     }
 
+    /// A copy of an input that [`Op::launch`] wants to be laid out in another way ([`Launches::copy`]). Of inputs that
+    /// nothing has written, all steps' copies are made by one launch at the beginning of a replay.
+    fn device_copy(&self, inputs: &[Shape], outputs: &[Shape]) -> Option<Copied> {
+        let _ = (inputs, outputs);
+        None
+    }
+
     /// Bytes of working memory that [`Op::launch`] wants.
     fn device_scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
         let _ = (inputs, outputs);
         0
     }
+}
+
+/// A copy that an operation wants on a GPU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Copied {
+    /// Number of the input.
+    pub input: usize,
+    /// Size of the copy.
+    pub bytes: usize,
 }
 
 /// A line of the registry.
@@ -186,6 +202,7 @@ pub fn registry() -> Vec<Entry> {
         entry("relu", "max(x, 0)", pointwise::relu_case),
         entry("conv2d", "x ∗ w", conv2d::conv2d_case),
         entry("linear", "x·wᵀ", conv2d::linear_case),
+        entry("conv2d_bias", "x ∗ w + b", conv2d::conv2d_bias_case),
         entry(
             "depthwise_conv2d",
             "x ∗ w, each channel by itself",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::{Kind, Step, Tape, Value, Var};
 use crate::error::{Error, Result};
-use crate::ops::{Cost, Op};
+use crate::ops::{Copied, Cost, Op};
 use crate::tensor::Shape;
 
 /// Every address is a multiple of this many elements, a cache line of `f32`.
@@ -92,6 +92,10 @@ pub struct PlannedStep {
     pub write: Vec<(Slot, Shape)>,
     /// Working memory.
     pub scratch: Slot,
+    /// The copy of an input that it wants ([`Op::device_copy`]).
+    pub copy: Slot,
+    /// Whether that copy can be made before the first step: nothing has written its original by then.
+    pub early: bool,
     /// The input that output 0 overwrites.
     pub in_place: Option<usize>,
     /// Whether it belongs to the backward pass, reruns of forward steps included.
@@ -174,14 +178,25 @@ impl Plan {
     }
 }
 
-/// Results that can be had again cheaply ([`Op::rerun`]) are computed again right before the gradient
+/// A value that much smaller than the largest is not worth a step that computes it again.
+const SMALL: usize = 256;
+
+/// Results that can be had again cheaply ([`Op::rerun`]) and are not small are computed again right before the gradient
 /// steps that read them, so that they need not live from the forward to the backward pass. The backwards of
 /// neighbouring forward steps share a rerun, others get their own: sharing one between distant steps would keep
 /// it alive in between, which is what recomputing is there to avoid.
 fn recompute(steps: &[Step], values: &mut Vec<Value>) -> Vec<Step> {
+    let computed = values.iter().filter(|v| v.kind == Kind::Computed);
+    let largest = computed.map(|v| v.shape.len()).max().unwrap_or(0);
+    let len = |var: Var| values[var.index()].shape.len();
     let cheap = steps
         .iter()
         .filter(|step| step.origin.is_none())
+        .filter(|step| {
+            step.outputs
+                .first()
+                .is_some_and(|&v| len(v) >= largest / SMALL)
+        })
         .filter_map(|step| {
             let (op, inputs) = step.op.rerun(&step.inputs, &step.outputs)?;
             Some((step.outputs[0], (op, inputs)))
@@ -312,6 +327,9 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
     let mut blocks: Vec<Block> = Vec::new();
     let mut block_of: Vec<Option<usize>> = vec![None; values.len()];
     let mut scratch_of: Vec<Option<usize>> = vec![None; steps.len()];
+    let mut copy_of: Vec<Option<usize>> = vec![None; steps.len()];
+    // Persistent values that a step has written.
+    let mut written = vec![false; values.len()];
     let mut in_place: Vec<Option<usize>> = vec![None; steps.len()];
     for (index, step) in steps.iter().enumerate() {
         let shapes = |vars: &[Var]| {
@@ -369,6 +387,22 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
             });
             scratch_of[index] = Some(blocks.len() - 1);
         }
+        let copy = match options.target {
+            Target::Cpu => None,
+            Target::Gpu | Target::NarrowGpu => step.op.device_copy(&inputs, &outputs),
+        };
+        if let Some(Copied { input, bytes }) = copy {
+            let original = step.inputs[input].index();
+            let early = values[original].kind != Kind::Computed && !written[original];
+            blocks.push(Block {
+                len: gap + aligned(bytes.div_ceil(size_of::<f32>())),
+                first: if early { 0 } else { index },
+                last: index,
+                offset: 0,
+            });
+            copy_of[index] = Some(blocks.len() - 1);
+        }
+        step.outputs.iter().for_each(|v| written[v.index()] = true);
     }
     let transient = place(&mut blocks);
     let len = persistent
@@ -402,11 +436,14 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
         .map(|(index, step)| {
             let (read, write) = (place_of(&step.inputs), place_of(&step.outputs));
             let shapes = |list: &[(Slot, Shape)]| list.iter().map(|x| x.1).collect::<Vec<_>>();
-            let scratch = scratch_of[index].map_or(Slot::default(), |b| Slot {
-                offset: persistent + blocks[b].offset,
-                len: blocks[b].len - gap,
-                narrow: false,
-            });
+            let slot = |block: Option<usize>| {
+                block.map_or(Slot::default(), |b| Slot {
+                    offset: persistent + blocks[b].offset,
+                    len: blocks[b].len - gap,
+                    narrow: false,
+                })
+            };
+            let copy = copy_of[index];
             PlannedStep {
                 cost: step.op.cost(&shapes(&read), &shapes(&write)),
                 op: step.op,
@@ -414,7 +451,9 @@ fn layout(steps: Vec<Step>, values: Vec<Value>, options: Options) -> Result<Plan
                 outputs: step.outputs,
                 read,
                 write,
-                scratch,
+                scratch: slot(scratch_of[index]),
+                copy: slot(copy),
+                early: copy.is_some_and(|b| blocks[b].first == 0),
                 in_place: in_place[index],
                 backward: step.origin.is_some(),
                 alive: alive[index],

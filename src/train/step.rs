@@ -106,6 +106,7 @@ impl TrainingStep {
         let seed = config.seed;
         let mut recorder = Network::new(&mut tape, Mode::Train { control, seed });
         let logits = network(&mut recorder, images)?;
+        recorder.move_statistics()?;
         let starts = recorder.starts().to_vec();
 
         let tied = config.arm == Arm::Consistency;

@@ -5,10 +5,12 @@
 //! [`Launches::launch`]; addresses in the arena do not change any more, so the whole list can be
 //! replayed without further work, or captured.
 
-use super::{Function, Gpu, Memory};
+use super::{Function, Gpu, Memory, copies};
 use crate::error::{Error, Result};
 use crate::tape::{PlannedStep, Slot};
 use crate::tensor::Shape;
+
+pub use super::copies::Copy as WeightCopy;
 
 /// How many blocks of how many threads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -230,6 +232,8 @@ pub struct Launches<'a> {
     pub(super) arena: u64,
     pub(super) list: &'a mut Vec<Launch>,
     pub(super) constants: &'a mut Vec<Memory>,
+    /// Copies that are made before the first step, and where they go.
+    pub(super) early: &'a mut Vec<(WeightCopy, u64)>,
 }
 
 impl Launches<'_> {
@@ -298,6 +302,20 @@ impl Launches<'_> {
             address,
             narrow: false,
         })
+    }
+
+    /// The copy that the operation has asked for ([`crate::ops::Op::device_copy`]).
+    ///
+    /// # Errors
+    /// As [`Launches::launch`].
+    pub fn copy(&mut self, copy: WeightCopy) -> Result<Pointer> {
+        let to = self.pointer(self.step.copy).address;
+        if self.step.early {
+            self.early.push((copy, to));
+        } else {
+            copies::launch(self, &[(copy, to)])?;
+        }
+        Ok(Pointer::to(to, copy.narrow))
     }
 
     /// Appends a launch; one without blocks is left out.

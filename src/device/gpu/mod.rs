@@ -12,6 +12,7 @@
 //! Work is queued on one stream, in order. Nothing waits for it but [`Session::read`], [`Gpu::synchronize`]
 //! and, for what was queued before the fetch alone, [`crate::device::Session::fetched`].
 
+mod copies;
 #[cfg(feature = "cuda")]
 pub(crate) mod driver;
 #[cfg(feature = "emulator")]

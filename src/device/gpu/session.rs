@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::launch::{Launch, Launches, Pointer};
-use super::{Event, Gpu, Memory};
+use super::{Event, Gpu, Memory, copies};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::tape::{Kind, Plan, Slot, Target, Var};
@@ -53,6 +53,7 @@ impl Session {
         }
         let arena = gpu.memory(plan.len() * WORD)?;
         let (mut launches, mut constants) = (Vec::new(), Vec::new());
+        let mut early = Vec::new();
         for (index, step) in plan.steps().iter().enumerate() {
             step.op.launch(&mut Launches {
                 gpu,
@@ -61,7 +62,22 @@ impl Session {
                 arena: arena.address,
                 list: &mut launches,
                 constants: &mut constants,
+                early: &mut early,
             })?;
+        }
+        if let (Some(step), false) = (plan.steps().first(), early.is_empty()) {
+            let mut first = Vec::new();
+            let at = &mut Launches {
+                gpu,
+                step,
+                index: 0,
+                arena: arena.address,
+                list: &mut first,
+                constants: &mut constants,
+                early: &mut Vec::new(),
+            };
+            copies::launch(at, &early)?;
+            launches.splice(0..0, first);
         }
         Ok(Self {
             gpu: gpu.clone(),
@@ -81,7 +97,7 @@ impl Session {
         &self.plan
     }
 
-    /// What one replay launches, in order.
+    /// What one replay launches, in order. What is done for all steps at the beginning belongs to the first.
     pub fn launches(&self) -> &[Launch] {
         &self.launches
     }
@@ -209,8 +225,9 @@ impl Session {
             let persists = value.kind != Kind::Computed;
             (self.plan.slots()[i], persists)
         });
-        let scratch = self.plan.steps().iter().map(|step| (step.scratch, false));
-        values.chain(scratch).map(|(slot, persists)| {
+        let steps = self.plan.steps().iter();
+        let working = steps.flat_map(|step| [(step.scratch, false), (step.copy, false)]);
+        values.chain(working).map(|(slot, persists)| {
             let bytes = slot.len * if slot.narrow { 2 } else { WORD };
             let start = slot.offset * WORD;
             (start..start + bytes, persists)

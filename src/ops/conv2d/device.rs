@@ -4,7 +4,7 @@
 use super::correlate::Correlation;
 use super::{Activation, Geometry};
 use crate::device::gpu::launch::{
-    Argument, Arguments, Full, Grid, Launches, Pointer, Stored, Word, kernel,
+    Argument, Arguments, Full, Grid, Launches, Pointer, Stored, WeightCopy, Word, kernel,
 };
 use crate::error::Result;
 use crate::tensor::Shape;
@@ -60,6 +60,15 @@ pub(in crate::ops) fn forward(
     }
 }
 
+/// Bytes of the copy of the weights that [`forward`] needs.
+pub(in crate::ops) fn forward_copy(geometry: &Geometry, statistics: bool) -> usize {
+    if !statistics && is_small(geometry, geometry.output()) {
+        return 0;
+    }
+    let bytes = |narrow| Product::forward(geometry, narrow, REACH).copy();
+    bytes(false).max(bytes(true))
+}
+
 /// Bytes of scratch that [`forward`] needs.
 pub(in crate::ops) fn forward_scratch(geometry: &Geometry, statistics: bool) -> usize {
     let bytes = |narrow| {
@@ -93,6 +102,15 @@ pub(in crate::ops) fn input_gradient(
         extents,
     };
     at.launch(Grid::cover(len * lanes, THREADS as u32), &arguments)
+}
+
+/// Bytes of the copy of the weights that [`input_gradient`] needs.
+pub(in crate::ops) fn input_gradient_copy(geometry: &Geometry) -> usize {
+    if is_small(geometry, geometry.x) {
+        return 0;
+    }
+    let bytes = |narrow| Product::input_gradient(geometry, narrow, REACH).copy();
+    bytes(false).max(bytes(true))
 }
 
 /// Bytes of scratch that [`input_gradient`] needs.
@@ -310,6 +328,15 @@ impl Product {
         }
     }
 
+    /// Bytes of the weights as it wants them, if they are not so.
+    fn copy(&self) -> usize {
+        let element = if self.narrow { 2 } else { 4 };
+        match self.fits() && self.copies_w() {
+            true => self.outputs * self.taps * self.channels * element,
+            false => 0,
+        }
+    }
+
     fn scratch(&self, statistics: bool) -> Scratch {
         let mut scratch = Scratch::default();
         if !self.fits() {
@@ -318,9 +345,6 @@ impl Product {
         let element = if self.narrow { 2 } else { 4 };
         if self.copies_x() {
             scratch.x = scratch.take(self.x.rows() * self.channels * element);
-        }
-        if self.copies_w() {
-            scratch.w = scratch.take(self.outputs * self.taps * self.channels * element);
         }
         if statistics {
             let groups = self.groups();
@@ -339,7 +363,7 @@ impl Product {
             x
         };
         let w = if self.copies_w() {
-            self.copy_weights(at, w, scratch.w)?
+            self.copy_weights(at, w)?
         } else {
             w
         };
@@ -378,70 +402,48 @@ impl Product {
         let Some([mean, variance]) = finish.statistics else {
             return Ok(());
         };
-        let sums = at.scratch_at(scratch.sums, false);
-        let pixels = at.int(self.pixels(self.x.n))?;
-        let outputs = at.int(self.outputs)?;
         let part = self.pixels(self.images);
         let chunk = chunk(groups);
-        let arguments = StatisticsSums {
+        let chunks = groups.div_ceil(chunk);
+        let tiles = self.outputs.div_ceil(32);
+        // Two counters a word.
+        let counters = match chunks {
+            1 => Pointer::NULL,
+            _ => at.constant(&vec![0; tiles.div_ceil(2)])?,
+        };
+        let arguments = ConvStatistics {
             statistics: statistics.into(),
-            sums: sums.into(),
+            sums: at.scratch_at(scratch.sums, false).into(),
+            counters: counters.into(),
+            mean: mean.into(),
+            variance: variance.into(),
             groups: at.int(groups)?,
-            outputs,
-            pixels,
+            outputs: at.int(self.outputs)?,
+            pixels: at.int(self.pixels(self.x.n))?,
             rows: at.int(tile.group)?,
             part_groups: at.int(part.div_ceil(tile.group))?,
             part_pixels: at.int(part)?,
             chunk: at.int(chunk)?,
         };
-        let chunks = groups.div_ceil(chunk);
-        let grid = Grid::new(self.outputs.div_ceil(32), THREADS as u32);
-        at.launch(along_y(grid, chunks), &arguments)?;
-        let arguments = StatisticsFinish {
-            sums: sums.into(),
-            mean: mean.into(),
-            variance: variance.into(),
-            chunks: at.int(chunks)?,
-            outputs,
-            pixels,
-        };
-        at.launch(Grid::cover(self.outputs * 32, THREADS as u32), &arguments)
+        let grid = Grid::new(tiles, THREADS as u32);
+        at.launch(along_y(grid, chunks), &arguments)
     }
 
-    /// Launches the copy of the weights at byte `offset` of the scratch, as the product wants them.
-    fn copy_weights(&self, at: &mut Launches<'_>, w: Pointer, offset: usize) -> Result<Pointer> {
-        let to = at.scratch_at(offset, self.narrow);
-        let (channels, padded) = (at.int(self.x.c)?, at.int(self.channels)?);
-        if self.transposed {
-            let arguments = TransposeWeights {
-                from: w.into(),
-                to: to.into(),
-                outputs: channels,
-                padded,
-                channels: at.int(self.outputs)?,
-            };
-            let blocks = self.outputs.div_ceil(32);
-            let mut grid = along_y(
-                Grid::new(blocks, THREADS as u32),
-                self.channels.div_ceil(32),
-            );
-            grid.blocks[2] = self.taps as u32;
-            at.launch(grid, &arguments)?;
-        } else if self.narrow {
-            let vectors = self.outputs * self.taps * self.channels / vector(true);
-            let arguments = NarrowWeights {
-                from: w.into(),
-                to: to.address(),
-                vectors: vectors as u64,
-                channels,
-                padded,
-            };
-            at.launch(Grid::cover(vectors, THREADS as u32), &arguments)?;
-        } else {
-            let rows = Shape::new(1, 1, self.outputs * self.taps, self.x.c);
-            pad(at, w, rows, self.channels, offset)?;
-        }
-        Ok(to)
+    /// The copy of the weights, as the product wants them.
+    fn copy_weights(&self, at: &mut Launches<'_>, w: Pointer) -> Result<Pointer> {
+        let (rows, columns) = match self.transposed {
+            true => (self.x.c, self.outputs),
+            false => (self.outputs, self.x.c),
+        };
+        at.copy(WeightCopy {
+            from: w,
+            rows,
+            taps: self.taps,
+            columns,
+            turned: self.transposed,
+            padded: self.channels,
+            narrow: self.narrow,
+        })
     }
 
     /// One part as `struct Correlation` of `conv.cu`, of so many images.
@@ -683,24 +685,9 @@ kernel! {
     struct Pad = "conv_pad" { from: Stored, to: Stored, vectors: u64, channels: i32, padded: i32 }
 }
 kernel! {
-    struct NarrowWeights = "conv_narrow_weights" {
-        from: Full, to: u64, vectors: u64, channels: i32, padded: i32
-    }
-}
-kernel! {
-    struct TransposeWeights = "conv_transpose_weights" {
-        from: Full, to: Stored, outputs: i32, padded: i32, channels: i32
-    }
-}
-kernel! {
-    struct StatisticsSums = "conv_statistics_sums" {
-        statistics: Full, sums: Full, groups: i32, outputs: i32, pixels: i32, rows: i32,
-        part_groups: i32, part_pixels: i32, chunk: i32
-    }
-}
-kernel! {
-    struct StatisticsFinish = "conv_statistics_finish" {
-        sums: Full, mean: Full, variance: Full, chunks: i32, outputs: i32, pixels: i32
+    struct ConvStatistics = "conv_statistics" {
+        statistics: Full, sums: Full, counters: Full, mean: Full, variance: Full, groups: i32, outputs: i32,
+        pixels: i32, rows: i32, part_groups: i32, part_pixels: i32, chunk: i32
     }
 }
 kernel! {
@@ -966,7 +953,7 @@ mod launches {
     use crate::device::gpu::{self, Gpu};
     use crate::gradcheck::Sampler;
     use crate::ops::conv2d::{Conv2d, Conv2dInputGradient, Conv2dWeightGradient};
-    use crate::ops::{Kernel, Op};
+    use crate::ops::{Copied, Kernel, Op};
     use crate::tape::{Options, Plan, Tape};
 
     /// A convolution or a gradient whose kernels reach no more than `reach` elements.
@@ -1016,6 +1003,16 @@ mod launches {
         }
         fn narrow(&self, output: usize, inputs: &[bool]) -> bool {
             self.op.narrow(output, inputs)
+        }
+        fn device_copy(&self, _: &[Shape], _: &[Shape]) -> Option<Copied> {
+            let bytes = |narrow| self.correlation(narrow).copy();
+            let input = match self.kind {
+                Kind::Forward => 1,
+                Kind::Input => 0,
+                Kind::Weight => return None,
+            };
+            let bytes = bytes(false).max(bytes(true));
+            Some(Copied { input, bytes })
         }
         fn device_scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
             let bytes = |narrow| match self.kind {

@@ -18,7 +18,8 @@ pub use geometry::{Geometry, forward, forward_with_statistics, input_gradient, w
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::activation::{Activation, Epilogue};
-use super::{Kernel, Op, norm, statistics};
+use super::pointwise::SumTo;
+use super::{Copied, Kernel, Op, norm, statistics};
 use crate::device::cpu::Io;
 use crate::device::gpu::launch::Launches;
 use crate::device::simd::Level;
@@ -33,8 +34,7 @@ use crate::tensor::{Real, Shape};
 /// and 2 (per channel, in full precision), for [`Normalize::of_batch`](super::batch_norm::Normalize): they are taken
 /// while `y` is in cache, which saves batch normalisation a pass over it. They are those of `y` before it is rounded
 /// to what it is stored as, except on a GPU where a convolution is computed from its definition (kernels larger
-/// than 11×16, and what 31-bit offsets do not reach): there, of `y` as stored. They have no derivative of their
-/// own.
+/// than 11×16, and images of 2³¹ elements): there, of `y` as stored. They have no derivative of their own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conv2d {
     /// How far the kernel moves from one output pixel to the next.
@@ -126,6 +126,10 @@ impl Op for Conv2d {
         };
         device::forward(at, &geometry, pointers, finish)
     }
+    fn device_copy(&self, inputs: &[Shape], _: &[Shape]) -> Option<Copied> {
+        let geometry = self.accepted(inputs[0], inputs[1]);
+        copied(1, device::forward_copy(&geometry, self.statistics))
+    }
     fn device_scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
         device::forward_scratch(&self.accepted(inputs[0], inputs[1]), self.statistics)
     }
@@ -151,8 +155,9 @@ impl Op for Conv2d {
     }
 }
 
-/// `y = a(x ∗ w + b)`, inputs `x`, `w` as of [`Conv2d`] and `b` (per output channel): a convolution with all that
-/// follows it in inference, where normalisation is part of `w` and `b`. It has no gradient.
+/// `y = a(x ∗ w + b)`, inputs `x`, `w` as of [`Conv2d`] and `b` (per output channel): a layer with a bias, and in
+/// inference a convolution with all that follows it, where normalisation is part of `w` and `b`. It has a gradient if
+/// `a` is the identity.
 ///
 /// Passes over memory: those of the convolution; bias and activation are applied while its sums are in cache.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -211,8 +216,23 @@ impl Op for Conv2dBias {
         };
         device::forward(at, &geometry, pointers, finish)
     }
+    fn device_copy(&self, inputs: &[Shape], outputs: &[Shape]) -> Option<Copied> {
+        self.conv.device_copy(inputs, outputs)
+    }
     fn device_scratch(&self, inputs: &[Shape], outputs: &[Shape]) -> usize {
         self.conv.device_scratch(inputs, outputs)
+    }
+    fn backward(&self, at: &mut Backward<'_>) -> Result<()> {
+        if self.activation != Activation::Identity {
+            let problem = "has no derivative with an activation";
+            return Err(Error::shape(self.name(), problem));
+        }
+        if let (Some(dy), true) = (at.gradient(0), at.wants(2)) {
+            let shape = at.shape(at.input(2));
+            let db = at.push(SumTo { shape }, &[dy])?;
+            at.set(2, db)?;
+        }
+        self.conv.backward(at)
     }
 }
 
@@ -256,6 +276,9 @@ impl Op for Conv2dInputGradient {
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let pointers = [at.input(0), at.input(1), at.output(0)];
         device::input_gradient(at, &self.geometry, pointers)
+    }
+    fn device_copy(&self, _: &[Shape], _: &[Shape]) -> Option<Copied> {
+        copied(0, device::input_gradient_copy(&self.geometry))
     }
     fn device_scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
         device::input_gradient_scratch(&self.geometry)
@@ -306,6 +329,11 @@ impl Op for Conv2dWeightGradient {
         let pointers = [at.input(0), at.input(1), at.output(0)];
         device::weight_gradient(at, &self.geometry, pointers)
     }
+}
+
+/// The copy of input `input` that takes `bytes`, if it takes any.
+pub(super) fn copied(input: usize, bytes: usize) -> Option<Copied> {
+    (bytes > 0).then_some(Copied { input, bytes })
 }
 
 /// The outputs of a convolution that gives `y`.
@@ -361,6 +389,24 @@ pub(super) fn conv2d_norm_case(s: &mut Sampler) -> Case {
     let (n, c, out) = (s.size(2, 3), s.size(1, 4), s.extent(1, 4));
     let x = Shape::new(n, s.extent(1, 6), s.extent(1, 6), c);
     norm::case_of_batch(s, op, x, Shape::new(out, kernel, kernel, c))
+}
+
+/// A layer with a bias.
+pub(super) fn conv2d_bias_case(s: &mut Sampler) -> Case {
+    let kernel = s.size(1, 3);
+    let conv = Conv2d::new(s.size(1, 2), kernel / 2);
+    let (activation, c, out) = (Activation::Identity, s.size(1, 4), s.extent(1, 4));
+    let extent = |s: &mut Sampler| kernel + s.extent(0, 5);
+    let x = Shape::new(s.size(1, 3), extent(s), extent(s), c);
+    let (w, b) = (Shape::new(out, kernel, kernel, c), Shape::per_channel(out));
+    let op = Conv2dBias { conv, activation };
+    Case::new(format!("{x} ∗ {w} + b, {conv:?}"), move |t, v| {
+        Ok(vec![t.push(op, v)?])
+    })
+    .with("x", x, s.values(x.len(), -1.0, 1.0))
+    .narrow()
+    .with("w", w, s.narrow_values(w.len(), -1.0, 1.0))
+    .with("b", b, s.values(b.len(), -1.0, 1.0))
 }
 
 pub(super) fn linear_case(s: &mut Sampler) -> Case {

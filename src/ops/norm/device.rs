@@ -164,10 +164,7 @@ kernel! {
     }
 }
 kernel! {
-    struct RunningStatisticsKernel = "running_statistics" {
-        mean: Full, var: Full, running_mean: Full, running_var: Full,
-        channels: u32, keep: f32, mean_weight: f32, var_weight: f32,
-    }
+    struct RunningStatisticsKernel = "running_statistics" { layers: Full, keep: f32 }
 }
 
 /// Mean and sum of squared deviations of each channel of the pieces of a segment, `segments × pieces × channels`
@@ -408,22 +405,29 @@ impl Norm {
     }
 }
 
-/// Moves outputs 0 and 1 towards inputs 0 and 1, which weigh `weights`; what is there weighs `keep`.
+/// Moves outputs towards inputs, pair by pair: mean and variance of a layer, which weigh `weights`; what is there
+/// weighs `keep`.
 pub(in crate::ops) fn launch_running_statistics(
     at: &mut Launches<'_>,
     keep: f64,
-    weights: [f64; 2],
+    weights: &[[f64; 2]],
 ) -> Result<()> {
-    let channels = at.input_shape(0).len();
+    let (mut table, mut most) = (Vec::new(), 0);
+    for (layer, weights) in weights.iter().enumerate() {
+        let channels = at.input_shape(2 * layer).len();
+        most = most.max(channels);
+        let pair = [2 * layer, 2 * layer + 1];
+        table.extend(pair.map(|i| at.input(i).address()));
+        table.extend(pair.map(|i| at.output(i).address()));
+        let [mean, var] = weights.map(|w| u64::from((w as f32).to_bits()));
+        let channels = extent("running_statistics", channels)?;
+        table.extend([mean | var << 32, u64::from(channels)]);
+    }
     let arguments = RunningStatisticsKernel {
-        mean: at.input(0).into(),
-        var: at.input(1).into(),
-        running_mean: at.output(0).into(),
-        running_var: at.output(1).into(),
-        channels: extent("running_statistics", channels)?,
+        layers: at.constant(&table)?.into(),
         keep: keep as f32,
-        mean_weight: weights[0] as f32,
-        var_weight: weights[1] as f32,
     };
-    at.launch(Grid::cover(channels, THREADS as u32), &arguments)
+    let mut grid = Grid::cover(most, THREADS as u32);
+    grid.blocks[1] = extent("running_statistics", weights.len())?;
+    at.launch(grid, &arguments)
 }
