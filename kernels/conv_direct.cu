@@ -7,7 +7,7 @@
 //
 // All tensors NHWC, weights and their gradient f32, channels before columns before rows before images. Sums are
 // f32 and run over (r, s, c), (r, s, o) or the pixels of a piece in this order; with several lanes an element, each
-// takes every lanes-th channel, and a tree adds them. Each element's operands come from the caches, so this is
+// takes every lanes-th channel, and they are added in a fixed order. Each element's operands come from the caches, so this is
 // bound by loads: two for each product, shared by a warp where one operand has no channels of its own.
 #include "device.cuh"
 #include "epilogue.cuh"
@@ -81,11 +81,13 @@ __device__ __forceinline__ void convolve(const T* x, const float* weights, const
 
 // dx, of len elements, from dy: dx[n, i·sh + r − ph, j·sw + s − pw, c] = Σ dy[n, i, j, o] · w[o, r, s, c].
 // Grid: ceil(len · lanes / kThreads) blocks of kThreads. Any alignment.
+// The lanes of an element lie elements apart, so that neighbouring threads read neighbouring channels of w.
 template <class T>
 __device__ __forceinline__ void input_gradient(const T* dy, const float* weights, T* dx, size_t len, int lanes,
                                                GEOMETRY) {
-    const Share share(lanes);
-    const size_t i = share.element;
+    SHARED(float, sums, kThreads);
+    const int elements = kThreads / lanes, own = threadIdx.x % elements, lane = threadIdx.x / elements;
+    const size_t i = static_cast<size_t>(blockIdx.x) * elements + own;
     float sum = 0.0f;
     if (i < len) {
         const Division channel = divide(i, c);
@@ -99,12 +101,16 @@ __device__ __forceinline__ void input_gradient(const T* dy, const float* weights
                 if (column < 0 || column % sw != 0 || column / sw >= ow) continue;
                 const T* u = dy + at(pixel.image, row / sh, column / sw, oh, ow, o);
                 const float* v = weights + static_cast<size_t>(r * kw + s) * c + channel.remainder;
-                for (int k = share.lane; k < o; k += lanes) sum = fmaf(to_float(u[k]), v[k * step], sum);
+                for (int k = lane; k < o; k += lanes) sum = fmaf(to_float(u[k]), v[k * step], sum);
             }
         }
     }
-    sum = add_lanes(sum, lanes);
-    if (i < len && share.lane == 0) dx[i] = from_float<T>(sum);
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (i < len && lane == 0) {
+        for (int k = 1; k < lanes; ++k) sum += sums[own + k * elements];
+        dx[i] = from_float<T>(sum);
+    }
 }
 
 // Mean and variance (over N, not N − 1) of each channel of y, as stored, by a block each.

@@ -20,9 +20,14 @@ constexpr int kUnroll = 4;
 template <class T>
 constexpr int kWidth = 16 / sizeof(T);
 
+// n elements a thread with the gaps of `combine`.
+template <int n>
+constexpr int kSpread = kThreads * n / 32 * 33;
+
 // Adds up the n sums of each thread, of columns column .. column + n of a step of `stride` elements, which
 // is a whole number of rows (the threads' columns are then taken modulo channels) or one row, of which the
-// block has a strip. `shared` has room for a step.
+// block has a strip. `shared` has room for a step, with a gap after every 32 elements, so that the n elements of
+// each thread go to banks of their own.
 template <int n, class T>
 __device__ __forceinline__ void combine(const T (&sums)[n], T* shared, float* out, unsigned column,
                                         unsigned stride, unsigned channels) {
@@ -33,20 +38,21 @@ __device__ __forceinline__ void combine(const T (&sums)[n], T* shared, float* ou
         }
         return;
     }
+    auto at = [&](unsigned i) -> T& { return shared[i + i / 32]; };
     if (column < stride) {
 #pragma unroll
-        for (int i = 0; i < n; ++i) shared[column + i] = sums[i];
+        for (int i = 0; i < n; ++i) at(column + i) = sums[i];
     }
     __syncthreads();
     for (unsigned rows = stride / channels; rows > 1;) {
         const unsigned half = (rows + 1) / 2;
         for (unsigned i = threadIdx.x; i < (rows - half) * channels; i += kThreads) {
-            shared[i] += shared[i + half * channels];
+            at(i) += at(i + half * channels);
         }
         __syncthreads();
         rows = half;
     }
-    for (unsigned i = threadIdx.x; i < channels; i += kThreads) out[i] = static_cast<float>(shared[i]);
+    for (unsigned i = threadIdx.x; i < channels; i += kThreads) out[i] = static_cast<float>(at(i));
 }
 
 // What is added up: elements of a, or products with those of b.
@@ -118,7 +124,7 @@ __device__ __forceinline__ void partial_sums(const T* a, const void* b, int b_st
                                              size_t len, unsigned channels, unsigned stride,
                                              unsigned strips, unsigned pieces, unsigned steps) {
     constexpr int n = kWidth<T>;
-    SHARED(float, shared, kThreads * n);
+    SHARED(float, shared, kSpread<n>);
     const unsigned strip = blockIdx.x % strips, piece = blockIdx.x / strips % pieces;
     const size_t group = blockIdx.x / strips / pieces;
     const unsigned column = (strip * kThreads + threadIdx.x) * n;
@@ -157,7 +163,7 @@ SUM_TO(bf16, bf16)
 extern "C" __global__ void __launch_bounds__(kThreads)
 sum_to_finish(const float* partials, float* sums, unsigned channels, unsigned stride, unsigned strips,
               unsigned pieces) {
-    SHARED(double, shared, kThreads);
+    SHARED(double, shared, kSpread<1>);
     const unsigned column = blockIdx.x % strips * kThreads + threadIdx.x;
     const size_t group = blockIdx.x / strips, len = static_cast<size_t>(pieces) * channels;
     double total[1] = {};
@@ -268,7 +274,7 @@ __device__ __forceinline__ void gate_gradient(const T* dy, const X* x, Elements 
                                               unsigned channels, unsigned stride, unsigned strips,
                                               unsigned pieces, unsigned steps) {
     constexpr int n = kWidth<T>;
-    SHARED(float, shared, kThreads * n);
+    SHARED(float, shared, kSpread<n>);
     const unsigned strip = blockIdx.x % strips, piece = blockIdx.x / strips % pieces;
     const size_t group = blockIdx.x / strips / pieces;
     const unsigned column = (strip * kThreads + threadIdx.x) * n;

@@ -559,9 +559,14 @@ pub(super) struct Walk {
     pub steps: usize,
 }
 
-/// Fewest steps of a block, and how many blocks are enough for any GPU: beyond, their steps grow.
-const STEPS: usize = 8;
-const BLOCKS: usize = 1024;
+/// Steps of a block that adds up columns, of `work` steps in all: as many as a thread has loads under way, and up to
+/// twice that where there are blocks for all multiprocessors of a GPU; beyond 1024 blocks, which are enough for any,
+/// their steps grow.
+pub(super) fn steps(work: usize) -> usize {
+    const BUSY: usize = 264;
+    const BLOCKS: usize = 1024;
+    (work / BUSY).clamp(4, 8).max(work.div_ceil(BLOCKS))
+}
 
 impl Walk {
     /// Over the rows of `x`, which has elements, in `groups` groups, by threads that take 16 bytes at a time.
@@ -574,7 +579,7 @@ impl Walk {
         };
         let strips = stride.div_ceil(THREADS * width);
         let total = len.div_ceil(stride);
-        let steps = (total * groups * strips).div_ceil(BLOCKS).max(STEPS);
+        let steps = steps(total * groups * strips);
         Self {
             groups,
             len,

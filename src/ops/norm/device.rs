@@ -3,7 +3,7 @@
 use super::{Norm, Statistics};
 use crate::device::gpu::launch::{Full, Grid, Launches, Pointer, Stored, kernel};
 use crate::error::Result;
-use crate::ops::pointwise::{extent, gcd, width};
+use crate::ops::pointwise::{extent, gcd, steps, width};
 use crate::tensor::Shape;
 
 /// Threads of a block, and of one that adds up pieces.
@@ -12,10 +12,9 @@ pub(in crate::ops) const FINISH_THREADS: u32 = 128;
 /// Most vectors of a block along a row: together with the number of rows that are left for a block, this
 /// decides how many partial sums there are.
 const ACROSS: usize = 32;
-/// Fewest steps of a block that reduces, and how many such blocks are enough for any GPU: beyond, their steps
-/// grow. Steps of a block of an elementwise pass.
-const STEPS: usize = 8;
-const BLOCKS: usize = 1024;
+/// Vectors of a line of the caches: blocks beside one another are cut between lines.
+const LINE: usize = 8;
+/// Steps of a block of an elementwise pass.
 const VECTORS: usize = 4;
 
 /// How a kernel walks down a matrix of the channels of all pixels of each segment.
@@ -39,8 +38,8 @@ impl Walk {
     /// One that reduces, in vectors of `n` elements.
     pub fn reducing(segments: usize, shape: Shape, n: usize) -> Self {
         let walk = Self::elementwise(segments, shape, n);
-        let steps = walk.total() * walk.segments * walk.strips;
-        walk.cut(steps.div_ceil(BLOCKS).max(STEPS))
+        let work = walk.total() * walk.segments * walk.strips;
+        walk.cut(steps(work))
     }
 
     fn elementwise(segments: usize, shape: Shape, n: usize) -> Self {
@@ -53,12 +52,16 @@ impl Walk {
         } else {
             (c, c.div_ceil(n).div_ceil(ACROSS))
         };
+        let across = match strips {
+            1 => period.div_ceil(n),
+            _ => c.div_ceil(n).div_ceil(strips).next_multiple_of(LINE),
+        };
         let walk = Self {
             segments,
             len: shape.len() / segments.max(1),
             channels: c,
             period,
-            across: period.div_ceil(n).div_ceil(strips),
+            across,
             strips,
             pieces: 0,
             steps: 0,
