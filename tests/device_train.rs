@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use echograd::device::gpu::{self, Gpu};
 use echograd::device::{self, Backend, Session as _};
 use echograd::features::Prior;
-use echograd::nn::{AttentionUNet, EfficientNet, Heads, Stage};
+use echograd::nn::{AttentionUNet, EfficientNet, Heads, Logits, Stage};
+use echograd::ops::activation::Activation;
+use echograd::ops::pool::GlobalAvgPool;
 use echograd::tape::{Kind, Options, Plan, Var};
 use echograd::train::Report;
 use echograd::train::checkpoint::{self, Checkpoint};
@@ -361,6 +363,62 @@ fn what_is_fetched_is_what_the_replays_before_left() {
     assert_eq!(session.fetched().unwrap(), None);
     drop(session);
     assert_eq!(gpu.allocated(), before);
+}
+
+/// A classifier whose step the emulator makes in milliseconds.
+fn classifier() -> (Config, TrainingStep) {
+    let settings = [
+        ("preset", "tiny"),
+        ("arm", "classification"),
+        ("size", "16"),
+        ("batch", "2"),
+    ];
+    let config = Config::load(None, &owned(&settings)).unwrap();
+    let step = TrainingStep::of(&config, false, |n, images| {
+        let x = n.depthwise_conv_norm(["conv", "norm"], images, [3, 2], Activation::Relu)?;
+        let pooled = n.tape().push(GlobalAvgPool, &[x])?;
+        let malignancy = Some(n.logit("malignancy", pooled)?);
+        Ok(Logits {
+            mask: None,
+            malignancy,
+        })
+    });
+    (config, step.unwrap())
+}
+
+/// Steps as a run queues them, each report fetched one step late: nothing is allocated once the session is made, and
+/// all that is allocated is the plan's arena and the operations' tables.
+#[test]
+fn memory_stays_as_planned_over_a_thousand_steps() {
+    let (config, step) = classifier();
+    for narrow in [false, true] {
+        let Backend::Gpu { gpu, .. } = emulator(narrow) else {
+            unreachable!()
+        };
+        let plan = Plan::new(&step.tape, Options::gpu(narrow)).unwrap();
+        let arena = 4 * plan.len();
+        let mut session = gpu::Session::new(&gpu, plan).unwrap();
+        let planned = (gpu.allocated(), gpu.allocations());
+        assert_eq!(planned.0, session.bytes());
+        // The arena is one piece, each table another.
+        assert!(planned.0 > arena && planned.1 > 1, "{planned:?}, {arena}");
+        step.start(&mut session, config.seed, None).unwrap();
+        for number in 1..=1000 {
+            for (var, values) in inputs(&config, &step, number) {
+                session.write(var, &values).unwrap();
+            }
+            session.replay().unwrap();
+            session.fetch(step.report).unwrap();
+            if number > 1 {
+                let report = session.fetched().unwrap().unwrap();
+                assert!(report.iter().all(|x| x.is_finite()), "step {number}");
+            }
+            let found = (gpu.allocated(), gpu.allocations());
+            assert_eq!(found, planned, "step {number}");
+        }
+        drop(session);
+        assert_eq!(gpu.allocated(), 0);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------

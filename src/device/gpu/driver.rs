@@ -20,7 +20,6 @@ mod nvtx;
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
 };
@@ -33,7 +32,7 @@ use sys::CUresult as Answer;
 use self::compile::Nvrtc;
 use self::library::{Refusal, check, problem};
 use super::launch::Grid;
-use super::{Description, End, FETCH, Function};
+use super::{Allocated, Description, End, FETCH, Function};
 use crate::device::code::{self, COMPILER, Code, Module};
 use crate::error::{Error, Result};
 
@@ -59,7 +58,7 @@ pub(super) struct Driver {
     elapsed: Elapsed,
     /// Drivers before CUDA 12.4 tell no parameters.
     parameter: Option<Parameter>,
-    allocated: AtomicUsize,
+    allocated: Allocated,
     staging: Mutex<Staging>,
     fetches: Mutex<Fetches>,
     kernels: Mutex<Kernels>,
@@ -157,7 +156,7 @@ impl Driver {
             elapsed,
             // SAFETY: the type is that of the documentation.
             parameter: unsafe { library::symbol("cuFuncGetParamInfo") },
-            allocated: AtomicUsize::new(0),
+            allocated: Allocated::default(),
             staging: Mutex::new(Staging {
                 pieces: [(); PIECES].map(|()| Piece::none()),
                 at: PIECES - 1,
@@ -508,7 +507,7 @@ impl End for Driver {
         }
     }
 
-    fn allocated(&self) -> &AtomicUsize {
+    fn allocated(&self) -> &Allocated {
         &self.allocated
     }
 

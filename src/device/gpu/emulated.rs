@@ -2,19 +2,18 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use super::launch::Grid;
-use super::{Description, End, FETCH, Function};
+use super::{Allocated, Description, End, FETCH, Function};
 use crate::device::cpu::check_memory;
 use crate::device::emulator::{self, Buffer};
 use crate::error::{Error, Result};
 
 #[derive(Default)]
-pub(super) struct Emulator(Mutex<State>, AtomicUsize);
+pub(super) struct Emulator(Mutex<State>, Allocated);
 
 #[derive(Default)]
 struct State {
@@ -139,7 +138,7 @@ impl End for Emulator {
         }
     }
 
-    fn allocated(&self) -> &AtomicUsize {
+    fn allocated(&self) -> &Allocated {
         &self.1
     }
 

@@ -36,8 +36,8 @@ pub(crate) trait End: Send + Sync {
     /// Device memory of `bytes` (above 0), aligned to 256.
     fn allocate(&self, bytes: usize) -> Result<u64>;
     fn free(&self, address: u64);
-    /// Bytes that [`Memory`] holds of it.
-    fn allocated(&self) -> &AtomicUsize;
+    /// What [`Memory`] holds of it.
+    fn allocated(&self) -> &Allocated;
     /// Fills memory with zeros.
     fn clear(&self, address: u64, bytes: usize) -> Result<()>;
     /// Copies to the device behind the work queued so far; `from` may change when this returns.
@@ -83,6 +83,14 @@ pub(crate) trait End: Send + Sync {
     fn range_pop(&self);
     /// Chooses the order in which threads run, where there is a choice.
     fn reorder(&self, _seed: u64) {}
+}
+
+/// Device memory in use.
+#[derive(Default)]
+pub(crate) struct Allocated {
+    bytes: AtomicUsize,
+    /// Pieces that were ever handed out.
+    pieces: AtomicUsize,
 }
 
 /// Most bytes of an [`End::fetch`].
@@ -264,7 +272,12 @@ impl Gpu {
 
     /// Bytes of device memory in use through this value and its clones.
     pub fn allocated(&self) -> usize {
-        self.0.allocated().load(Ordering::Relaxed)
+        self.0.allocated().bytes.load(Ordering::Relaxed)
+    }
+
+    /// How often device memory was allocated through this value and its clones, what was given back included.
+    pub fn allocations(&self) -> usize {
+        self.0.allocated().pieces.load(Ordering::Relaxed)
     }
 
     /// Queues a kernel behind the work queued so far.
@@ -306,7 +319,9 @@ impl Gpu {
             bytes,
             gpu: self.clone(),
         };
-        self.0.allocated().fetch_add(bytes, Ordering::Relaxed);
+        let allocated = self.0.allocated();
+        allocated.bytes.fetch_add(bytes, Ordering::Relaxed);
+        allocated.pieces.fetch_add(1, Ordering::Relaxed);
         self.0.clear(memory.address, size)?;
         Ok(memory)
     }
@@ -379,7 +394,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         self.gpu.0.free(self.address);
         let allocated = self.gpu.0.allocated();
-        allocated.fetch_sub(self.bytes, Ordering::Relaxed);
+        allocated.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 

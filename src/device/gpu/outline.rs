@@ -1,17 +1,17 @@
 //! A device that is not there: it hands out addresses without memory behind them and has every kernel by name, so
 //! that a session can be made, which tells what it would launch. Nothing runs on it.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::launch::Grid;
-use super::{Description, End, Function};
+use super::{Allocated, Description, End, Function};
 use crate::error::{Error, Result};
 
 #[derive(Default)]
 pub(super) struct Outline {
     /// End of what was allocated.
     end: AtomicU64,
-    allocated: AtomicUsize,
+    allocated: Allocated,
 }
 
 /// What all addresses are multiples of.
@@ -34,7 +34,7 @@ impl End for Outline {
         Ok(ALIGN + self.end.fetch_add(bytes, Ordering::Relaxed))
     }
     fn free(&self, _: u64) {}
-    fn allocated(&self) -> &AtomicUsize {
+    fn allocated(&self) -> &Allocated {
         &self.allocated
     }
     fn clear(&self, _: u64, _: usize) -> Result<()> {
