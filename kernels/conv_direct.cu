@@ -134,12 +134,22 @@ __device__ __forceinline__ void statistics(const T* y, float* mean, float* varia
 }
 
 // The part of dw, of len elements, that is due to the output pixels of piece blockIdx.y:
-// dw[o, r, s, c] = Σ dy[n, i, j, o] · x[n, i·sh + r − ph, j·sw + s − pw, c].
+// dw[o, r, s, c] = Σ dy[n, i, j, o] · x[n, i·sh + r − ph, j·sw + s − pw, c], and behind it that of a bias,
+// db[o] = Σ dy[n, i, j, o].
 template <class X, class Y>
-__device__ __forceinline__ void weight_gradient(const X* x, const Y* dy, float* dw, size_t len, size_t pixels,
-                                                size_t piece, GEOMETRY) {
+__device__ __forceinline__ void weight_gradient(const X* x, const Y* dy, float* dw, float* db, size_t len,
+                                                size_t pixels, size_t piece, GEOMETRY) {
     const size_t i = static_cast<size_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= len) return;
+    if (i >= len) {
+        const size_t channel = i - len;
+        if (db == nullptr || channel >= static_cast<size_t>(o)) return;
+        const Y* from = dy + channel;
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int left = static_cast<int>(pixels); left > 0; --left, from += o) sum += to_float(*from);
+        db[channel] = sum;
+        return;
+    }
     const Division in = divide(i, c), column = divide(in.quotient, kw), row = divide(column.quotient, kh);
     const int top = static_cast<int>(row.remainder) - ph, left = static_cast<int>(column.remainder) - pw;
     const size_t first = blockIdx.y * piece;
@@ -163,7 +173,8 @@ __device__ __forceinline__ void weight_gradient(const X* x, const Y* dy, float* 
     dw[blockIdx.y * len + i] = sum;
 }
 
-// Of the weight gradient: Grid (ceil(len / kThreads), ceil(pixels / piece)) blocks of kThreads; dw has len elements
+// Of the weight gradient: Grid (ceil(len / kThreads), ceil(pixels / piece)) blocks of kThreads, or of len + o where db
+// is not null, all pixels then being one piece; dw has len elements
 // for each piece of as many output pixels, to be added by conv_add_pieces. dy may be stored unlike x (`dy_narrow`:
 // bf16). Any alignment.
 #define CONV_DIRECT(T, suffix)                                                                            \
@@ -184,13 +195,14 @@ __device__ __forceinline__ void weight_gradient(const X* x, const Y* dy, float* 
     }                                                                                                     \
     extern "C" __global__ void __launch_bounds__(kThreads)                                                \
         conv_direct_weight_gradient_##suffix(const T* x, const void* dy, int dy_narrow, float* dw,        \
-                                             size_t len, size_t pixels, size_t piece, GEOMETRY) {         \
+                                             float* db, size_t len, size_t pixels, size_t piece,          \
+                                             GEOMETRY) {                                                  \
         if (dy_narrow != 0) {                                                                             \
-            weight_gradient(x, static_cast<const bf16*>(dy), dw, len, pixels, piece, h, w, c, oh, ow, o,  \
-                            kh, kw, sh, sw, ph, pw);                                                      \
+            weight_gradient(x, static_cast<const bf16*>(dy), dw, db, len, pixels, piece, h, w, c, oh, ow, \
+                            o, kh, kw, sh, sw, ph, pw);                                                   \
         } else {                                                                                          \
-            weight_gradient(x, static_cast<const float*>(dy), dw, len, pixels, piece, h, w, c, oh, ow, o, \
-                            kh, kw, sh, sw, ph, pw);                                                      \
+            weight_gradient(x, static_cast<const float*>(dy), dw, db, len, pixels, piece, h, w, c, oh, ow, \
+                            o, kh, kw, sh, sw, ph, pw);                                                   \
         }                                                                                                 \
     }
 CONV_DIRECT(float, f32)

@@ -114,7 +114,8 @@ impl Op for ConvTranspose2d {
             at.set(0, dx)?;
         }
         if at.wants(1) {
-            let dw = at.push(Conv2dWeightGradient { geometry }, &[dy, x])?;
+            let bias = false;
+            let dw = at.push(Conv2dWeightGradient { geometry, bias }, &[dy, x])?;
             at.set(1, dw)?;
         }
         Ok(())

@@ -663,30 +663,79 @@ kernel! {
     }
 }
 
-impl<T: Real> Kernel<T> for SumTo {
-    fn run(&self, io: &mut Io<'_, T>) {
-        let shape = io.input_shape(0);
+impl SumTo {
+    /// Adds up `a`, of extent `shape`, or its products with `b`.
+    pub(super) fn compute<T: Real>(
+        &self,
+        shape: Shape,
+        a: &[T],
+        b: Option<&[T]>,
+        sums: &mut [T],
+        scratch: &mut [T],
+    ) {
         if shape.is_empty() {
-            return io.output(0).fill(T::zero());
+            return sums.fill(T::zero());
         }
         let (c, pieces) = (shape.c, self.pieces(shape));
         let (group, piece) = (shape.len() / self.shape.n, rows_of_piece(c) * c);
-        let a = io.input(0);
-        let b = (io.inputs() == 2).then(|| io.input(1));
-        let partial = &mut io.scratch()[..self.shape.n * pieces * c];
+        let partial = &mut scratch[..self.shape.n * pieces * c];
         partial.par_chunks_mut(c).enumerate().for_each(|(i, sums)| {
             let start = (i % pieces) * piece;
             let at = i / pieces * group + start..i / pieces * group + group.min(start + piece);
             let (a, b) = (&a[at.clone()], b.map(|b| &b[at]));
             simd::dispatch(SumRows { a, b, sums });
         });
-        let rows = io.output(0).chunks_exact_mut(c);
+        let rows = sums.chunks_exact_mut(c);
         for (row, partial) in rows.zip(partial.chunks_exact(pieces * c)) {
             for (channel, sum) in row.iter_mut().enumerate() {
                 let column = partial[channel..].iter().step_by(c);
                 *sum = T::of(column.map(|x| x.wide()).sum());
             }
         }
+    }
+
+    /// Launches the sums of `a`, of extent `x`, or of its products with `b` if that is not null.
+    pub(super) fn launch_of(
+        &self,
+        at: &mut Launches<'_>,
+        x: Shape,
+        [a, b]: [Pointer; 2],
+        sums: Pointer,
+    ) -> Result<()> {
+        if x.is_empty() {
+            let arguments = FillKernel {
+                y: sums.into(),
+                len: self.shape.len() as u64,
+                value: 0.0,
+            };
+            return at.launch(grid(self.shape.len(), sums), &arguments);
+        }
+        let walk = Walk::over(self.shape.n, x, a.is_narrow());
+        let partials = if walk.pieces == 1 { sums } else { at.scratch() };
+        walk.launch_sums(at, [a, b], partials)?;
+        if walk.pieces == 1 {
+            return Ok(());
+        }
+        let stride = x.c * (THREADS / x.c).max(1);
+        let strips = stride.div_ceil(THREADS);
+        let arguments = SumToFinish {
+            partials: partials.into(),
+            sums: sums.into(),
+            channels: extent(self.name(), x.c)?,
+            stride: extent(self.name(), stride)?,
+            strips: extent(self.name(), strips)?,
+            pieces: extent(self.name(), walk.pieces)?,
+        };
+        at.launch(Grid::new(self.shape.n * strips, THREADS as u32), &arguments)
+    }
+}
+
+impl<T: Real> Kernel<T> for SumTo {
+    fn run(&self, io: &mut Io<'_, T>) {
+        let (shape, a) = (io.input_shape(0), io.input(0));
+        let b = (io.inputs() == 2).then(|| io.input(1));
+        let (sums, scratch) = (io.output(0), io.scratch());
+        self.compute(shape, a, b, sums, scratch);
     }
 }
 
@@ -717,35 +766,11 @@ impl Op for SumTo {
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let (a, x, sums) = (at.input(0), at.input_shape(0), at.output(0));
-        if x.is_empty() {
-            let arguments = FillKernel {
-                y: sums.into(),
-                len: self.shape.len() as u64,
-                value: 0.0,
-            };
-            return at.launch(grid(self.shape.len(), sums), &arguments);
-        }
-        let walk = Walk::over(self.shape.n, x, a.is_narrow());
         let b = match at.inputs() {
             1 => Pointer::NULL,
             _ => at.input(1),
         };
-        let partials = if walk.pieces == 1 { sums } else { at.scratch() };
-        walk.launch_sums(at, [a, b], partials)?;
-        if walk.pieces == 1 {
-            return Ok(());
-        }
-        let stride = x.c * (THREADS / x.c).max(1);
-        let strips = stride.div_ceil(THREADS);
-        let arguments = SumToFinish {
-            partials: partials.into(),
-            sums: sums.into(),
-            channels: extent(self.name(), x.c)?,
-            stride: extent(self.name(), stride)?,
-            strips: extent(self.name(), strips)?,
-            pieces: extent(self.name(), walk.pieces)?,
-        };
-        at.launch(Grid::new(self.shape.n * strips, THREADS as u32), &arguments)
+        self.launch_of(at, x, [a, b], sums)
     }
 }
 

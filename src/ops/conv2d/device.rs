@@ -7,6 +7,7 @@ use crate::device::gpu::launch::{
     Argument, Arguments, Full, Grid, Launches, Pointer, Stored, WeightCopy, Word, kernel,
 };
 use crate::error::Result;
+use crate::ops::pointwise::{SumTo, Walk};
 use crate::tensor::Shape;
 
 /// Threads of a block, unless a tile says otherwise.
@@ -123,20 +124,31 @@ pub(in crate::ops) fn input_gradient_scratch(geometry: &Geometry) -> usize {
     bytes(false).max(bytes(true))
 }
 
-/// Launches the gradient for `w`.
+/// Launches the gradient for `w`, and for a bias if `db` is not null.
 pub(in crate::ops) fn weight_gradient(
     at: &mut Launches<'_>,
     geometry: &Geometry,
-    [x, dy, dw]: [Pointer; 3],
+    [x, dy, dw, db]: [Pointer; 4],
 ) -> Result<()> {
+    let (piece, count) = direct_pieces(geometry);
+    let small = is_small(geometry, geometry.output());
+    let mut beside = Pointer::NULL;
+    if db != Pointer::NULL {
+        if small && count == 1 {
+            beside = db;
+        } else {
+            let y = geometry.output();
+            let shape = Shape::per_channel(y.c);
+            SumTo { shape }.launch_of(at, y, [dy, Pointer::NULL], db)?;
+        }
+    }
     let product = WeightProduct::new(geometry, x.is_narrow(), REACH);
     let aligned = [x, dy, dw].iter().all(|p| p.is_aligned(16));
     let uniform = x.is_narrow() == dy.is_narrow();
-    if aligned && uniform && product.fits() && !is_small(geometry, geometry.output()) {
+    if aligned && uniform && product.fits() && !small {
         return product.launch(at, [x, dy, dw]);
     }
     let len = geometry.w.len();
-    let (piece, count) = direct_pieces(geometry);
     let extents = Extents::new(at, geometry)?;
     let partials = if count == 1 { dw } else { at.scratch() };
     let arguments = DirectWeightGradient {
@@ -144,12 +156,17 @@ pub(in crate::ops) fn weight_gradient(
         dy: dy.address(),
         dy_narrow: i32::from(dy.is_narrow()),
         dw: partials.into(),
+        db: beside.into(),
         len: len as u64,
         pixels: geometry.output().rows() as u64,
         piece: piece as u64,
         extents,
     };
-    let grid = Grid::cover(len, THREADS as u32);
+    let threads = match beside {
+        Pointer::NULL => len,
+        _ => len + geometry.w.n,
+    };
+    let grid = Grid::cover(threads, THREADS as u32);
     at.launch(along_y(grid, count), &arguments)?;
     if count == 1 {
         return Ok(());
@@ -159,10 +176,14 @@ pub(in crate::ops) fn weight_gradient(
 }
 
 /// Bytes of scratch that [`weight_gradient`] needs.
-pub(in crate::ops) fn weight_gradient_scratch(geometry: &Geometry) -> usize {
+pub(in crate::ops) fn weight_gradient_scratch(geometry: &Geometry, bias: bool) -> usize {
+    let bias = match bias {
+        true => Walk::scratch(1, geometry.output()),
+        false => 0,
+    };
     let direct = direct_pieces(geometry).1 * geometry.w.len() * size_of::<f32>();
     let bytes = |narrow| WeightProduct::new(geometry, narrow, REACH).scratch().end;
-    bytes(false).max(bytes(true)).max(direct)
+    bytes(false).max(bytes(true)).max(direct).max(bias)
 }
 
 // ---- Correlations: the convolution and its input gradient ----
@@ -829,7 +850,7 @@ direct! {
 }
 direct! {
     struct DirectWeightGradient = "conv_direct_weight_gradient" {
-        x: Stored, dy: u64, dy_narrow: i32, dw: Full, len: u64, pixels: u64, piece: u64
+        x: Stored, dy: u64, dy_narrow: i32, dw: Full, db: Full, len: u64, pixels: u64, piece: u64
     }
 }
 kernel! {
@@ -1135,7 +1156,8 @@ mod launches {
                 };
                 let names = compare(op, [w, y], [false, narrow]);
                 assert_eq!(tiles(&names), launches, "{names:?}");
-                let op = Conv2dWeightGradient { geometry };
+                let bias = false;
+                let op = Conv2dWeightGradient { geometry, bias };
                 let kind = Kind::Weight;
                 let op = Within {
                     op,

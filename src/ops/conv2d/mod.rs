@@ -21,7 +21,7 @@ use super::activation::{Activation, Epilogue};
 use super::pointwise::SumTo;
 use super::{Copied, Kernel, Op, norm, statistics};
 use crate::device::cpu::Io;
-use crate::device::gpu::launch::Launches;
+use crate::device::gpu::launch::{Launches, Pointer};
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
@@ -143,9 +143,13 @@ impl Op for Conv2d {
         let (x, w) = (at.input(0), at.input(1));
         let geometry = self.geometry(at.shape(x), at.shape(w))?;
         // In this order `x`, which may have been computed again for this step alone, is gone when `dx` is written.
-        if at.wants(1) {
-            let dw = at.push(Conv2dWeightGradient { geometry }, &[x, dy])?;
-            at.set(1, dw)?;
+        let bias = at.inputs() == 3 && at.wants(2);
+        if at.wants(1) || bias {
+            let op = Conv2dWeightGradient { geometry, bias };
+            let gradients = at.push_all(op, &[x, dy])?;
+            for (i, &gradient) in gradients.iter().enumerate() {
+                at.set(1 + i, gradient)?;
+            }
         }
         if at.wants(0) {
             let dx = at.push(Conv2dInputGradient { geometry }, &[w, dy])?;
@@ -227,11 +231,6 @@ impl Op for Conv2dBias {
             let problem = "has no derivative with an activation";
             return Err(Error::shape(self.name(), problem));
         }
-        if let (Some(dy), true) = (at.gradient(0), at.wants(2)) {
-            let shape = at.shape(at.input(2));
-            let db = at.push(SumTo { shape }, &[dy])?;
-            at.set(2, db)?;
-        }
         self.conv.backward(at)
     }
 }
@@ -285,11 +284,21 @@ impl Op for Conv2dInputGradient {
     }
 }
 
-/// The gradient of [`Conv2d`] for `w`; inputs `x`, `dy`.
+/// The gradient of [`Conv2d`] for `w`, and of [`Conv2dBias`] for `b` as output 1; inputs `x`, `dy`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Conv2dWeightGradient {
     /// Extents of the convolution.
     pub geometry: Geometry,
+    /// Whether there is a bias.
+    pub bias: bool,
+}
+
+impl Conv2dWeightGradient {
+    /// The sum that is the gradient of a bias.
+    fn of_bias(&self) -> Option<SumTo> {
+        let shape = Shape::per_channel(self.geometry.w.n);
+        self.bias.then_some(SumTo { shape })
+    }
 }
 
 impl<T: Real> Kernel<T> for Conv2dWeightGradient {
@@ -297,6 +306,9 @@ impl<T: Real> Kernel<T> for Conv2dWeightGradient {
         let (x, dy) = (io.input(0), io.input(1));
         let (dw, scratch) = (io.output(0), io.scratch());
         weight_gradient(Level::current(), &self.geometry, x, dy, dw, scratch);
+        if let Some(sum) = self.of_bias() {
+            sum.compute(io.input_shape(1), dy, None, io.output(1), scratch);
+        }
     }
 }
 
@@ -310,23 +322,31 @@ impl Op for Conv2dWeightGradient {
             inputs,
             [self.geometry.x, self.geometry.output()],
         )?;
-        Ok(vec![self.geometry.w])
+        let bias = self.of_bias().map(|sum| sum.shape);
+        Ok([self.geometry.w].into_iter().chain(bias).collect())
     }
-    fn flops(&self, _: &[Shape], _: &[Shape]) -> u64 {
-        self.geometry.flops()
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        let bias = self.of_bias().map_or(0, |_| inputs[1].len() as u64);
+        self.geometry.flops() + bias
     }
-    fn scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
-        self.geometry.weight_gradient_scratch()
+    fn scratch(&self, inputs: &[Shape], _: &[Shape]) -> usize {
+        let bias = self.of_bias();
+        let bias = bias.map_or(0, |sum| sum.scratch(&inputs[1..], &[sum.shape]));
+        self.geometry.weight_gradient_scratch().max(bias)
     }
     /// Never: it is the gradient of a parameter.
     fn narrow(&self, _: usize, _: &[bool]) -> bool {
         false
     }
     fn device_scratch(&self, _: &[Shape], _: &[Shape]) -> usize {
-        device::weight_gradient_scratch(&self.geometry)
+        device::weight_gradient_scratch(&self.geometry, self.bias)
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        let pointers = [at.input(0), at.input(1), at.output(0)];
+        let db = match self.bias {
+            true => at.output(1),
+            false => Pointer::NULL,
+        };
+        let pointers = [at.input(0), at.input(1), at.output(0), db];
         device::weight_gradient(at, &self.geometry, pointers)
     }
 }
