@@ -299,12 +299,36 @@ __device__ __forceinline__ void store_statistics(Sums& sums, Vector<float, 2>* s
     }
 }
 
+// A block's sums, each thread's at [sum][thread] of parts[blockIdx.x][piece], and those of all pieces in the last of
+// them, which is told so.
+template <int Threads, class Sums>
+__device__ __forceinline__ bool add_pieces(Sums& sums, float* parts, unsigned* counters, int pieces) {
+    constexpr int each = Sums::kRows * Sums::kColumns * Threads;
+    volatile float* const tile = parts + static_cast<size_t>(blockIdx.x) * pieces * each + threadIdx.x;
+    int at = static_cast<int>(blockIdx.y) * each;
+    for_each(sums, [&](float& sum) {
+        tile[at] = sum;
+        at += Threads;
+    });
+    if (!is_last_block(counters + blockIdx.x, pieces)) return false;
+    sums = {};
+    at = 0;
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; ++piece) {
+        for_each(sums, [&](float& sum) {
+            sum += tile[at];
+            at += Threads;
+        });
+    }
+    return true;
+}
+
 // A tile of RowWarps × ColumnWarps warps' sums of y = activation(x ∗ w + bias), bias and statistics where they are
 // not null. See CONV below.
 template <class T, class Sums, int RowWarps, int ColumnWarps>
 __device__ __forceinline__ void correlate(const T* x, const T* w, const float* bias, T* y, void* statistics,
                                           const Correlation* phases, int phase_count, int column_tiles,
-                                          int activation) {
+                                          int activation, float* parts, unsigned* counters, int pieces) {
     constexpr int n = kWidth<T>, depth = kRowBytes / sizeof(T), threads = 32 * RowWarps * ColumnWarps;
     constexpr int tile_rows = RowWarps * Sums::kTileRows, tile_columns = ColumnWarps * Sums::kTileColumns;
     constexpr int step = threads / kRowVectors;  // rows that are fetched at once
@@ -366,7 +390,9 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     }
 
     const int terms = of.taps[0] * of.taps[1] * of.channels;
-    int k = vector * n, row = 0, column = 0, channel = k;
+    const int all = (terms + depth - 1) / depth, each = (all + pieces - 1) / pieces;
+    const int begin = static_cast<int>(blockIdx.y) * each, steps = min(each, all - begin);
+    int k = begin * depth + vector * n, row = 0, column = 0, channel = k;
     auto wrap = [&] {
         while (channel >= of.channels) {
             channel -= of.channels;
@@ -405,7 +431,6 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     const int warp_column = warp % ColumnWarps * Sums::kTileColumns;
     const typename Sums::Reader reader(warp_row, tile_rows + warp_column);
     Sums sums = {};
-    const int steps = (terms + depth - 1) / depth;
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
         if (stage < steps) fetch(stage);
@@ -424,6 +449,7 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     }
     cp_async_wait<0>();
     __syncthreads();
+    if (pieces > 1 && !add_pieces<threads>(sums, parts, counters, pieces)) return;
 
     if (bias != nullptr) {
 #pragma unroll
@@ -480,15 +506,17 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
 // y from x and w, weights in T's storage; tiles of `rows` × `columns`. bias: f32 or null; activation: of epilogue.cuh.
 // statistics: null, or of pixels i·R .. of each output channel its mean and Σ (y − mean)², a Vector<float, 2> at
 // [i][output], R the rows of a warp. phases: the correlations that make up y, `phase_count` of them.
-// Grid: phase_count · ceil(most pixels / rows) · column_tiles blocks of `threads`, column_tiles =
-// ceil(outputs / columns). Dynamic shared memory: kStages · (rows + columns) · kRowBytes. x and w on multiples of
+// Grid: (phase_count · ceil(most pixels / rows) · column_tiles, pieces) blocks of `threads`, column_tiles =
+// ceil(outputs / columns); of several pieces, each takes a part of the stages of k, and the last block of a tile adds
+// them up: parts holds rows · columns f32 for each block, counters a number for each tile, 0 before and after. Dynamic shared memory: kStages · (rows + columns) · kRowBytes. x and w on multiples of
 // 16 bytes, and channels a multiple of kWidth; so for y if outputs is one. Kernels of at most 11×16 taps.
 #define CONV(name, T, where, threads, blocks, ...)                                                           \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
         name(const T* x, const T* w, const float* bias, T* y, void* statistics, const Correlation* phases,   \
-             int phase_count, int column_tiles, int activation) {                                            \
+             int phase_count, int column_tiles, int activation, float* parts, unsigned* counters,            \
+             int pieces) {                                                                                   \
         where(correlate<T, __VA_ARGS__>(x, w, bias, y, statistics, phases, phase_count, column_tiles,        \
-                                        activation);)                                                        \
+                                        activation, parts, counters, pieces);)                               \
     }
 CONV(conv_128x64_f32, float, ANYWHERE, 128, 3, FloatSums<8>, 4, 1)
 CONV(conv_128x32_f32, float, ANYWHERE, 64, 6, FloatSums<4>, 2, 1)
@@ -645,7 +673,7 @@ constexpr int kCopyRows = 32, kCopyColumns = 128;
 
 // Makes all copies of a table, ordered by their first blocks.
 // Grid: row_tiles · column_tiles · taps blocks of kThreads for each copy. Any alignment.
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
 copy_weights(const WeightCopy* copies, int count) {
     SHARED(float, tile, kCopyRows, kCopyColumns + 1);
     constexpr int each = kCopyRows * kCopyColumns / kThreads;
@@ -665,34 +693,30 @@ copy_weights(const WeightCopy* copies, int count) {
     const int column = (block - tiles * of.column_tiles) * kCopyColumns, row = tiles % of.row_tiles * kCopyRows;
     const size_t tap = tiles / of.row_tiles, taps = of.taps;
     const float* const from = global_address(of.from);
+    constexpr int down = kThreads / kCopyColumns, across = kThreads / kCopyRows;
+    const int own = threadIdx.x / kCopyColumns, r = row + own, c = column + static_cast<int>(threadIdx.x) % kCopyColumns;
     float v[each];
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-        const int at = i * kThreads + static_cast<int>(threadIdx.x);
-        const int r = row + at / kCopyColumns, c = column + at % kCopyColumns;
-        v[i] = r < of.rows && c < of.columns ? from[(r * taps + tap) * of.columns + c] : 0.0f;
+        const bool exists = r + i * down < of.rows && c < of.columns;
+        v[i] = exists ? from[((r + i * down) * taps + tap) * of.columns + c] : 0.0f;
     }
     if (!turned) {  // all threads alike
 #pragma unroll
         for (int i = 0; i < each; ++i) {
-            const int at = i * kThreads + static_cast<int>(threadIdx.x);
-            const int r = row + at / kCopyColumns, c = column + at % kCopyColumns;
-            if (r < of.rows && c < of.padded) to.set((r * taps + tap) * of.padded + c, v[i]);
+            if (r + i * down < of.rows && c < of.padded) to.set(((r + i * down) * taps + tap) * of.padded + c, v[i]);
         }
         return;
     }
 #pragma unroll
-    for (int i = 0; i < each; ++i) {
-        const int at = i * kThreads + static_cast<int>(threadIdx.x);
-        tile[at / kCopyColumns][at % kCopyColumns] = v[i];
-    }
+    for (int i = 0; i < each; ++i) tile[own + i * down][threadIdx.x % kCopyColumns] = v[i];
     __syncthreads();
+    const int lane = threadIdx.x % kCopyRows, first = threadIdx.x / kCopyRows;
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-        const int at = i * kThreads + static_cast<int>(threadIdx.x);
-        const int r = row + at % kCopyRows, c = column + at / kCopyRows;
-        if (c < of.columns && r < of.padded) {
-            to.set((c * taps + tap) * of.padded + r, tile[at % kCopyRows][at / kCopyRows]);
+        const int to_row = column + first + i * across;
+        if (to_row < of.columns && row + lane < of.padded) {
+            to.set((to_row * taps + tap) * of.padded + row + lane, tile[lane][first + i * across]);
         }
     }
 }

@@ -15,7 +15,7 @@ use echograd::tensor::Shape;
 use rayon::prelude::*;
 use support::{check, check_random, check_stored};
 
-const OPERATIONS: [&str; 3] = ["conv2d", "linear", "conv_transpose2d"];
+const OPERATIONS: [&str; 4] = ["conv2d", "conv2d_bias", "linear", "conv_transpose2d"];
 
 /// A convolution of `n` images of `h`×`w` pixels from `c` to `o` channels.
 fn conv(
@@ -96,6 +96,17 @@ fn kernels_strides_and_paddings_agree_with_the_cpu() {
     ]);
 }
 
+/// Few tiles of many stages, which are cut into pieces: of phases with 1, 2 and 4 taps some pieces have no stage.
+#[test]
+fn deep_products_of_few_pixels_agree_with_the_cpu() {
+    check_all(vec![
+        pointwise([1, 9, 10], [1152, 40]),
+        conv([2, 8, 8], [136, 72], [3, 3], [1, 1], [1, 1]),
+        conv([2, 12, 12], [16, 272], [3, 3], [2, 2], [1, 1]),
+        conv([1, 15, 14], [48, 72], [5, 5], [2, 2], [2, 2]),
+    ]);
+}
+
 /// The outputs of an operation, once as the CPU computes them in `f64` and once as a GPU does.
 struct Both {
     expected: Vec<Vec<f64>>,
@@ -138,6 +149,7 @@ fn statistics_of_results_agree_with_the_cpu() {
         (Shape::new(3, 9, 7, 5), Shape::new(33, 3, 3, 5), 1),
         (Shape::new(2, 31, 33, 1), Shape::new(24, 3, 3, 1), 2),
         (Shape::new(1, 65, 129, 8), Shape::new(72, 1, 1, 8), 1),
+        (Shape::new(2, 9, 9, 40), Shape::new(24, 5, 5, 40), 1),
         (Shape::new(1, 30, 20, 3), Shape::new(5, 13, 1, 3), 1),
     ] {
         let mut s = Sampler::new(x.len() as u64);

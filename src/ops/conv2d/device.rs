@@ -219,9 +219,9 @@ const FULL_MEDIUM: Tile = tile(1, [128, 64], 128, 32);
 const FULL_TALL: Tile = tile(2, [128, 32], 64, 64);
 
 /// The arguments of a tile's kernel: `x`, `w`, `bias`, `y`, statistics, the table of correlations, how many they
-/// are, tiles along the channels, activation.
+/// are, tiles along the channels, activation, where pieces of the sums go and are counted, and their number.
 #[derive(Clone, Copy)]
-struct Correlate<const TILE: usize>([Word; 9]);
+struct Correlate<const TILE: usize>([Word; 12]);
 
 // SAFETY: `Product::launch` fills it with the addresses and extents of its step.
 unsafe impl<const TILE: usize> Arguments for Correlate<TILE> {
@@ -253,6 +253,7 @@ struct Scratch {
     w: usize,
     statistics: usize,
     sums: usize,
+    parts: usize,
     end: usize,
 }
 
@@ -325,6 +326,18 @@ impl Product {
         self.parts.len() * rows * self.outputs.div_ceil(tile.columns)
     }
 
+    /// Pieces that the stages of each tile are cut into where there are few tiles: as many as leave a piece eight
+    /// stages, and make no more blocks than an H100 holds two of on each multiprocessor. The same everywhere, since sums
+    /// depend on it.
+    fn pieces(&self) -> usize {
+        let terms = |p: &Correlation| p.taps[0] * p.taps[1] * self.channels;
+        let terms = self.parts.iter().map(terms).max().unwrap_or(0);
+        let element = if self.narrow { 2 } else { 4 };
+        let stages = terms * element / ROW;
+        let blocks = self.blocks(self.x.n, self.tile());
+        (264 / blocks.max(1)).min(stages / 8).max(1)
+    }
+
     /// Groups of pixels that give statistics, in all launches.
     fn groups(&self) -> usize {
         let group = self.tile().group;
@@ -372,6 +385,11 @@ impl Product {
             scratch.statistics = scratch.take(groups * self.outputs * 8);
             scratch.sums = scratch.take(groups.div_ceil(chunk(groups)) * self.outputs * 16);
         }
+        if self.pieces() > 1 {
+            let tile = self.tile();
+            let blocks = self.pieces() * self.blocks(self.x.n, tile);
+            scratch.parts = scratch.take(blocks * tile.rows * tile.columns * size_of::<f32>());
+        }
         scratch
     }
 
@@ -391,6 +409,12 @@ impl Product {
         let tile = self.tile();
         let columns = self.outputs.div_ceil(tile.columns);
         let statistics = at.scratch_at(scratch.statistics, false);
+        let parts = at.scratch_at(scratch.parts, false);
+        let pieces = self.pieces();
+        let counted = match pieces {
+            1 => Pointer::NULL,
+            _ => counters(at, self.blocks(self.x.n, tile))?,
+        };
         let mut groups = 0;
         for (first, images) in self.launches() {
             let words = self.parts.iter().flat_map(|p| self.words(p, images));
@@ -409,9 +433,13 @@ impl Product {
                 at.int(self.parts.len())?.word(),
                 at.int(columns)?.word(),
                 finish.activation.number().word(),
+                Full::from(parts).word(),
+                Full::from(counted).word(),
+                at.int(pieces)?.word(),
             ];
             let grid = Grid::new(self.blocks(images, tile), tile.threads as u32)
                 .with_shared(STAGES * (tile.rows + tile.columns) * ROW);
+            let grid = along_y(grid, pieces);
             match tile.name {
                 0 => at.launch(grid, &Correlate::<0>(words)),
                 1 => at.launch(grid, &Correlate::<1>(words)),
@@ -427,10 +455,9 @@ impl Product {
         let chunk = chunk(groups);
         let chunks = groups.div_ceil(chunk);
         let tiles = self.outputs.div_ceil(32);
-        // Two counters a word.
         let counters = match chunks {
             1 => Pointer::NULL,
-            _ => at.constant(&vec![0; tiles.div_ceil(2)])?,
+            _ => counters(at, tiles)?,
         };
         let arguments = ConvStatistics {
             statistics: statistics.into(),
@@ -743,6 +770,11 @@ fn images(geometry: &Geometry, narrow: bool, reach: usize) -> usize {
         0 => 0,
         most => super::pieces(x.n, most).0,
     }
+}
+
+/// Counters of blocks, 0 whenever nothing runs: two a word.
+fn counters(at: &mut Launches<'_>, count: usize) -> Result<Pointer> {
+    at.constant(&vec![0; count.div_ceil(2)])
 }
 
 /// Of so many groups of statistics, how many are added together first.
