@@ -4,19 +4,22 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use echograd::Error;
 use echograd::data::image::{Gray, write_png};
 use echograd::data::phantom::{self, Site};
-use echograd::metrics::PerImage;
+use echograd::metrics::{Disagreement, PerImage, read_csv};
 use echograd::study::compare::compare;
+use echograd::study::ensemble::Members;
 use echograd::study::protocol::{Overlay, Protocol, Run};
 use echograd::study::search::{SearchArgs, search};
 use echograd::study::{State, Studied, StudyArgs, Watch, study};
-use echograd::train::Report;
-use echograd::train::run::Epoch;
+use echograd::train::config::Device;
+use echograd::train::evaluate::{EvaluateArgs, evaluate};
+use echograd::train::run::{Epoch, TrainArgs, train};
+use echograd::train::{Model, Report};
 use serde_json::Value;
 
 /// Two hospitals: one to train, one to test on.
@@ -102,6 +105,7 @@ fn results(out: &Path) -> BTreeMap<&'static str, Vec<u8>> {
     let files = [
         "per_image.csv",
         "normals.csv",
+        "ensembles.csv",
         "statistics.json",
         "report.html",
         "manifest.json",
@@ -245,7 +249,7 @@ fn a_study_leaves_what_it_promises() {
 
     // A finished study repeats nothing and ends the same.
     let before = results(out);
-    let checkpoint = out.join("runs/multitask/fold-0_seed-0/last.safetensors");
+    let checkpoint = out.join("runs/multitask/fold-0_seed-0/best.safetensors");
     let written = fs::metadata(&checkpoint).unwrap().modified().unwrap();
     run(None, out, true).unwrap();
     assert!(before == results(out), "the results differ");
@@ -260,6 +264,201 @@ fn a_study_leaves_what_it_promises() {
     let refused = message(run(Some(&other), out, true));
     assert!(
         refused.starts_with("segmentation: epochs: expected 2"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn an_ensemble_is_the_mean_of_its_networks_on_targets() {
+    let out = whole();
+    let runs = ["fold-0_seed-0", "fold-1_seed-0"].map(|run| out.join("runs/multitask").join(run));
+    let rows: Vec<PerImage> = read_csv(&out.join("ensembles.csv")).unwrap();
+    let members: Vec<Members> = read_csv(&out.join("ensembles.csv")).unwrap();
+    let apart: Vec<Disagreement> = read_csv(&out.join("ensembles.csv")).unwrap();
+    assert!(rows.iter().all(|row| row.dataset == "busi-B"));
+    assert!(members.iter().all(|members| members.models == 2));
+    let of_multitask: Vec<(&PerImage, &Disagreement)> = rows
+        .iter()
+        .zip(&apart)
+        .zip(&members)
+        .filter_map(|(row, members)| (members.arm == "multitask").then_some(row))
+        .collect();
+    assert_eq!(of_multitask.len(), 16);
+
+    // Averaged at each image's own resolution, by other means than the ensemble's.
+    let source = echograd::data::open(&data()[1]).unwrap();
+    let cases = source.cases();
+    let mut models = runs.map(|run| Model::open(&run, Device::Cpu, 1).unwrap());
+    let mut compared = 0;
+    for (row, apart) in of_multitask {
+        let i = cases
+            .iter()
+            .position(|case| case.image == row.image)
+            .unwrap();
+        let image = echograd::data::letterboxed_image(&*source, i, 32).unwrap();
+        let letterbox = cases[i].letterbox(32);
+        let mut mean = vec![0.0; cases[i].width * cases[i].height];
+        let mut p = Vec::new();
+        for model in &mut models {
+            let said = model.infer(&[&image]).unwrap().remove(0);
+            let soft: Vec<f32> = said
+                .logits
+                .unwrap()
+                .iter()
+                .map(|z| 1.0 / (1.0 + (-z).exp()))
+                .collect();
+            let full = letterbox.inverse(&soft);
+            mean.iter_mut()
+                .zip(full)
+                .for_each(|(mean, p)| *mean += p / 2.0);
+            p.push(said.p.unwrap());
+        }
+        assert!((row.p.unwrap() - (p[0] + p[1]) / 2.0).abs() < 1e-12);
+        assert!((apart.p_sd.unwrap() - (p[0] - p[1]).abs() / f64::sqrt(2.0)).abs() < 1e-12);
+        assert!((0.0..=1.0).contains(&apart.mask_agreement.unwrap()));
+        let Some(dice) = row.dice else {
+            continue;
+        };
+        let truth = source.mask(i).unwrap();
+        let (mut both, mut areas) = (0, 0);
+        for (&mean, &truth) in mean.iter().zip(&truth.pixels) {
+            let (inside, truth) = (mean >= 0.5, truth > 0);
+            both += usize::from(inside && truth);
+            areas += usize::from(inside) + usize::from(truth);
+        }
+        // A pixel at the threshold may fall on either side.
+        assert!(
+            (dice - 2.0 * both as f64 / areas as f64).abs() < 1e-3,
+            "{}",
+            row.image
+        );
+        compared += 1;
+    }
+    assert!(compared > 8);
+
+    let statistics = json(&out.join("statistics.json"));
+    let [source, target] = [0, 1].map(|set| statistics["datasets"][set].clone());
+    assert!(source["ensembles"].as_object().unwrap().is_empty());
+    let ensemble = &target["ensembles"]["multitask"];
+    // The mean of p over runs is what an ensemble says.
+    let auc = |of: &Value| {
+        of["metrics"]["classification"]["auc"]["value"]
+            .as_f64()
+            .unwrap()
+    };
+    assert_eq!(auc(ensemble), auc(&target["arms"]["multitask"]));
+    let flags = &ensemble["bad_masks"];
+    assert!(flags["wrong"].as_u64() <= flags["n"].as_u64());
+    assert_eq!(target["ensembles"].as_object().unwrap().len(), 4);
+    let pairs: Vec<String> = target["ensemble_comparisons"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| {
+            format!(
+                "{} − {}",
+                c["a"].as_str().unwrap(),
+                c["b"].as_str().unwrap()
+            )
+        })
+        .collect();
+    assert_eq!(
+        pairs,
+        [
+            "segmentation, ensemble − segmentation",
+            "multitask, ensemble − multitask",
+            "consistency, ensemble − consistency",
+            "multitask, ensemble − segmentation, ensemble",
+            "consistency, ensemble − segmentation, ensemble",
+            "consistency, ensemble − multitask, ensemble",
+        ]
+    );
+    for c in target["ensemble_comparisons"].as_array().unwrap() {
+        assert!(c["auc"].is_null() && c["dice"]["holm"].is_number());
+    }
+    let html = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(html.contains("<td>multitask, ensemble</td>"));
+}
+
+#[test]
+fn methods_that_differ_only_in_how_they_are_tested_share_their_networks() {
+    #[derive(Default)]
+    struct Trained(Mutex<Vec<String>>);
+    impl Report for Trained {}
+    impl Watch for Trained {
+        fn state(&self, run: &Run, state: &State) {
+            if *state == State::Training {
+                self.0.lock().unwrap().push(run.arm.clone());
+            }
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("study");
+    let first = plan(&["multitask"], &[("epochs", "1")]);
+    let go = |plan: Option<&Protocol>, resume: bool| {
+        let (trained, out) = (Trained::default(), &out);
+        let args = StudyArgs { plan, out, resume };
+        let studied = study(&args, &trained, &AtomicBool::new(false));
+        studied.map(|studied| (studied, trained.0.into_inner().unwrap()))
+    };
+    let (_, trained) = go(Some(&first), false).unwrap();
+    assert_eq!(trained, ["multitask"; 2]);
+    // A method is added to the study that is there, and has its networks already.
+    let mut flipped = first.methods[0].clone();
+    flipped.name = "flipped".into();
+    flipped.config.test_flip = true;
+    let mut more = first.clone();
+    more.methods.push(flipped);
+    let (studied, trained) = go(Some(&more), true).unwrap();
+    assert!(trained.is_empty(), "{trained:?}");
+    assert_eq!(studied.plan, more);
+    let comparison = &studied.statistics.datasets[1].comparisons[0];
+    assert_eq!((&*comparison.a, &*comparison.b), ("flipped", "multitask"));
+    assert!(comparison.dice.as_ref().unwrap().difference.mean != 0.0);
+    let [one, other] =
+        ["multitask", "flipped"].map(|arm| out.join("runs").join(arm).join("fold-1_seed-0"));
+    let read = |run: &Path, name: &str| fs::read(run.join(name)).unwrap();
+    for name in ["best.safetensors", "metrics.csv"] {
+        assert!(read(&one, name) == read(&other, name), "{name}");
+    }
+    for name in [
+        "busi-A/per_image.csv",
+        "busi-B/per_image.csv",
+        "validation/per_image.csv",
+    ] {
+        assert!(read(&one, name) != read(&other, name), "{name}");
+    }
+    // It is a run like any other.
+    let results = folder.path().join("results");
+    let args = EvaluateArgs {
+        run: &other,
+        data: &data()[1],
+        out: &results,
+        drop_duplicates: false,
+        include_training: false,
+        device: Device::Cpu,
+    };
+    evaluate(&args, &(), &AtomicBool::new(false)).unwrap();
+    assert!(read(&results, "per_image.csv") == read(&other, "busi-B/per_image.csv"));
+
+    // Nothing would go on from the last checkpoint; who tries is told so.
+    for run in [&one, &other] {
+        assert!(!run.join("last.safetensors").exists());
+        let args = TrainArgs {
+            out: run,
+            config: None,
+            settings: &[],
+            resume: true,
+        };
+        let refused = message(train(&args, &(), &AtomicBool::new(false)));
+        assert!(
+            refused.contains("found none: the run is finished"),
+            "{refused}"
+        );
+    }
+    let refused = message(go(Some(&first), true));
+    assert!(
+        refused.starts_with("--arms: expected [\"multitask\", \"flipped\"]"),
         "{refused}"
     );
 }
@@ -640,9 +839,8 @@ fn runs_are_compared_on_the_images_that_they_share() {
     let [comparison] = &target.comparisons[..] else {
         panic!("expected one comparison");
     };
-    let rows = |run: &Path| -> Vec<PerImage> {
-        echograd::metrics::read_csv(&run.join("busi-B/per_image.csv")).unwrap()
-    };
+    let rows =
+        |run: &Path| -> Vec<PerImage> { read_csv(&run.join("busi-B/per_image.csv")).unwrap() };
     let dice = |run: &Path| -> Vec<f64> { rows(run).iter().filter_map(|row| row.dice).collect() };
     let (a, b) = (dice(&runs[1]), dice(&runs[0]));
     let difference: f64 = a.iter().zip(&b).map(|(a, b)| a - b).sum::<f64>() / a.len() as f64;

@@ -969,6 +969,91 @@ fn every_arm_trains_evaluates_and_predicts() {
 }
 
 #[test]
+fn flips_and_ensembles_average_before_the_threshold() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let make = |name: &str, more: &[(&str, &str)]| {
+        let out = folder.path().join(name);
+        let more = [&[("epochs", "2")], more].concat();
+        run(&out, &settings(&data, &more), false).unwrap();
+        out
+    };
+    let a = make("a", &[]);
+    let b = make("b", &[("fold", "1"), ("seed", "1")]);
+    let flip = make("flip", &[("test_flip", "true")]);
+
+    // Flips have no part in training.
+    let read = |run: &Path| Checkpoint::read(&run.join("best.safetensors")).unwrap();
+    let (plain, mut flipped) = (read(&a), read(&flip));
+    assert!(flipped.config.test_flip && !plain.config.test_flip);
+    flipped.config = plain.config.clone();
+    assert!(plain == flipped, "the weights differ");
+
+    const SIZE: usize = 16;
+    let mirrored = |map: &[f32]| -> Vec<f32> {
+        let rows = map.chunks_exact(SIZE);
+        rows.flat_map(|row| row.iter().rev().copied()).collect()
+    };
+    let image: Vec<u8> = (0..SIZE * SIZE).map(|i| (i * 7919 % 251) as u8).collect();
+    let rows = image.chunks_exact(SIZE);
+    let mirror: Vec<u8> = rows.flat_map(|row| row.iter().rev().copied()).collect();
+    let say = |model: &mut Model, image: &[u8]| model.infer(&[image]).unwrap().remove(0);
+    let alone = |run: &Path, image: &[u8]| {
+        let mut model = Model::open(run, Device::Cpu, 1).unwrap();
+        let said = say(&mut model, image);
+        (said.logits.unwrap(), said.p.unwrap())
+    };
+    let sigmoid = |z: f32| 1.0 / (1.0 + (-f64::from(z)).exp());
+    let check = |found: &[f32], [one, two]: [&[f32]; 2]| {
+        for ((z, one), two) in found.iter().zip(one).zip(two) {
+            let expected = (sigmoid(*one) + sigmoid(*two)) / 2.0;
+            assert!((sigmoid(*z) - expected).abs() < 1e-7);
+        }
+        assert_eq!(found.len(), SIZE * SIZE);
+    };
+    let (of_image, p) = alone(&a, &image);
+    let (of_mirror, p_mirror) = alone(&a, &mirror);
+    assert_ne!(of_image, mirrored(&of_mirror));
+    let (both, p_both) = alone(&flip, &image);
+    check(&both, [&of_image, &mirrored(&of_mirror)]);
+    assert_eq!(p_both, (p + p_mirror) / 2.0);
+    // A mirror image has the mirror image of a lesion, and the same diagnosis.
+    let (back, p_back) = alone(&flip, &mirror);
+    assert!(mirrored(&back) == both && p_back == p_both);
+
+    let mut one = Model::ensemble(&[&a], Device::Cpu, 1).unwrap();
+    let said = say(&mut one, &image);
+    assert_eq!(said.logits.as_ref(), Some(&of_image));
+    assert_eq!(said.disagreement, Default::default());
+    let mut ensemble = Model::ensemble(&[&a, &b], Device::Cpu, usize::MAX).unwrap();
+    let (of_other, p_other) = alone(&b, &image);
+    let said = say(&mut ensemble, &image);
+    check(said.logits.as_ref().unwrap(), [&of_image, &of_other]);
+    assert_eq!(said.p, Some((p + p_other) / 2.0));
+    let sd = (p - p_other).abs() / f64::sqrt(2.0);
+    assert!((said.disagreement.p_sd.unwrap() - sd).abs() < 1e-12);
+    let inside = |map: &[f32]| map.iter().map(|&z| z >= 0.0).collect::<Vec<_>>();
+    let (x, y) = (inside(&of_image), inside(&of_other));
+    let both = x.iter().zip(&y).filter(|(x, y)| **x && **y).count();
+    let areas = x.iter().chain(&y).filter(|inside| **inside).count();
+    let dice = 2.0 * both as f64 / areas as f64;
+    assert!((said.disagreement.mask_agreement.unwrap() - dice).abs() < 1e-12);
+    // The averaged mask has the mean of what the networks' priors make of it.
+    let letterbox = echograd::data::letterbox::Letterbox::new(40, 32, SIZE);
+    let phi = |run: &Path| {
+        let model = Model::open(run, Device::Cpu, 1).unwrap();
+        model.finding(&said, &letterbox).phi.unwrap()
+    };
+    let found = ensemble.finding(&said, &letterbox).phi.unwrap();
+    assert!((found - (phi(&a) + phi(&b)) / 2.0).abs() < 1e-12);
+
+    let refused = |runs: &[&Path]| message(Model::ensemble(runs, Device::Cpu, 1).map(drop));
+    assert!(refused(&[]).contains("expected a run, found none"));
+    let text = refused(&[&a, &flip]);
+    assert!(text.contains("flip: expected test_flip = false"), "{text}");
+}
+
+#[test]
 fn a_run_can_start_from_another_ones_weights() {
     let folder = tempfile::tempdir().unwrap();
     let data = data(&folder.path().join("data"));

@@ -137,11 +137,13 @@ impl Runs {
 ///
 /// Trains every method on the same folds of the source, with the same seeds and starting weights, chooses epochs on the
 /// held-out parts, and tests on the targets without fine-tuning. Writes DIR/report.html, statistics.json, per_image.csv, normals.csv,
-/// manifest.json, figures/ and all runs. Ctrl-C saves; --resume goes on where it stopped and repeats nothing that is finished.
+/// ensembles.csv, manifest.json, figures/ and all runs, of whose checkpoints the best stays. Ctrl-C saves; --resume goes on where
+/// it stopped and repeats nothing that is finished; with further --arms behind the old ones it adds them.
 ///
 /// Methods are the arms segmentation, classification, multitask and consistency, and ablations of the last: stop-classifier,
 /// stop-mask, no-confidence, no-sharpening, equal-weights, free-sign, frozen-prior, no-ramp, no-irregularity, no-orientation,
-/// no-margin, no-roundness. A table [methods.NAME] in --config that sets `arm` makes another.
+/// no-margin, no-roundness. A table [methods.NAME] in --config that sets `arm` makes another; one that differs from an earlier
+/// method only by test_flip shares its networks.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     #[command(flatten)]

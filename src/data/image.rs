@@ -156,18 +156,17 @@ fn eight_bits(v: u16) -> u8 {
 
 /// The largest of R, G and B at every pixel, on the file's own scale, and that scale's maximum.
 fn brightest(image: &DynamicImage) -> (Vec<u16>, u16) {
-    use image::ColorType::{L16, La16, Rgb16, Rgba16};
-    let rgb = |p: &[u16]| p[0].max(p[1]).max(p[2]);
-    match image.color() {
-        L16 | La16 | Rgb16 | Rgba16 => {
-            let wide = image.to_rgb16();
-            (wide.pixels().map(|p| rgb(&p.0)).collect(), u16::MAX)
-        }
-        _ => {
-            let wide = image.to_rgb8();
-            let max = |p: &image::Rgb<u8>| u16::from(p.0[0].max(p.0[1]).max(p.0[2]));
-            (wide.pixels().map(max).collect(), 255)
-        }
+    /// Of pixels of `channels` values, of which the first `colours` are no alpha.
+    fn of<T: Copy + Into<u16>>(raw: &[T], channels: usize, colours: usize) -> Vec<u16> {
+        let largest = |pixel: &[T]| pixel[..colours].iter().map(|&v| v.into()).max();
+        raw.chunks_exact(channels).filter_map(largest).collect()
+    }
+    match image {
+        DynamicImage::ImageLuma8(i) => (of(i.as_raw(), 1, 1), 255),
+        DynamicImage::ImageLumaA8(i) => (of(i.as_raw(), 2, 1), 255),
+        DynamicImage::ImageRgb8(i) => (of(i.as_raw(), 3, 3), 255),
+        DynamicImage::ImageRgba8(i) => (of(i.as_raw(), 4, 3), 255),
+        other => (of(other.to_rgb16().as_raw(), 3, 3), u16::MAX),
     }
 }
 

@@ -82,6 +82,18 @@ pub struct PerImage {
     /// Number of pixels predicted where there is no lesion; absent with a lesion. Not a column of the file.
     #[serde(skip)]
     pub false_positive_area: Option<usize>,
+    /// How far the networks of an ensemble are apart. Not columns of the file.
+    #[serde(skip)]
+    pub disagreement: Disagreement,
+}
+
+/// How far the networks of an ensemble are apart in one image; all absent for one network alone.
+#[derive(Clone, Copy, PartialEq, Default, Debug, Serialize, Deserialize)]
+pub struct Disagreement {
+    /// Standard deviation of their probabilities of malignancy.
+    pub p_sd: Option<f64>,
+    /// Mean Dice coefficient of each two of their masks, at the networks' resolution; two empty masks agree.
+    pub mask_agreement: Option<f64>,
 }
 
 impl PerImage {
@@ -112,15 +124,17 @@ impl PerImage {
             margin: None,
             roundness: None,
             false_positive_area: None,
+            disagreement: Disagreement::default(),
         }
     }
 
     /// The mean of rows of one image, each metric over the rows that have it; `None` without rows. The area of
-    /// false positives, a count, is not averaged.
+    /// false positives, a count, is not averaged, nor is what an ensemble disagrees in.
     pub fn mean<'a>(rows: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
         let mut rows = rows.into_iter();
         let mut mean = rows.next()?.clone();
         mean.false_positive_area = None;
+        mean.disagreement = Disagreement::default();
         let mut counts = mean
             .metrics()
             .map(|value| f64::from(u8::from(value.is_some())));

@@ -1,5 +1,7 @@
 //! Agreement of two binary masks of one image: overlap, and distance between their outlines.
 
+use std::ops::Range;
+
 use super::classification::Confusion;
 use super::statistics::quantile;
 use crate::data::image::Gray;
@@ -48,6 +50,35 @@ impl Mask {
     /// Length of the image's diagonal in pixels, `√(width² + height²)`.
     pub fn diagonal(&self) -> f64 {
         (self.width as f64).hypot(self.height as f64)
+    }
+
+    /// The columns and the rows that have pixels of the mask, from the first to the last; `None` for an empty mask.
+    fn bounds(&self) -> Option<[Range<usize>; 2]> {
+        let rows = self.pixels.chunks_exact(self.width.max(1)).enumerate();
+        let (mut across, mut down) = (self.width..0, self.height..0);
+        for (y, row) in rows {
+            let Some(first) = row.iter().position(|&inside| inside) else {
+                continue;
+            };
+            let last = row.iter().rposition(|&inside| inside).unwrap_or(first);
+            across = across.start.min(first)..across.end.max(last + 1);
+            down = down.start.min(y)..y + 1;
+        }
+        (!down.is_empty()).then_some([across, down])
+    }
+
+    /// The part in these columns and rows.
+    fn crop(&self, [columns, rows]: &[Range<usize>; 2]) -> Mask {
+        let lines = self.pixels.chunks_exact(self.width.max(1));
+        let lines = lines.skip(rows.start).take(rows.len());
+        Mask {
+            width: columns.len(),
+            height: rows.len(),
+            pixels: lines
+                .flat_map(|line| &line[columns.clone()])
+                .copied()
+                .collect(),
+        }
     }
 
     /// The outline: pixels of the mask with at least one of their four neighbours outside it. What lies
@@ -181,7 +212,13 @@ impl SurfaceDistances {
     /// [`Error::Argument`] if the masks differ in size.
     pub fn between(prediction: &Mask, truth: &Mask) -> Result<Option<Self>> {
         same_size(prediction, truth)?;
-        let (prediction, truth) = (prediction.surface(), truth.surface());
+        let (Some(a), Some(b)) = (prediction.bounds(), truth.bounds()) else {
+            return Ok(None);
+        };
+        // Nothing beyond both lesions has a part in any of the distances.
+        let ends = |i: usize| a[i].start.min(b[i].start)..a[i].end.max(b[i].end);
+        let both = [ends(0), ends(1)];
+        let [prediction, truth] = [prediction, truth].map(|mask| mask.crop(&both).surface());
         let directed = |from: &Mask, to: &Mask| -> Option<Vec<f64>> {
             let squared = to.squared_distances()?;
             let on_surface = from.pixels.iter().zip(squared).filter(|(on, _)| **on);

@@ -7,18 +7,22 @@
 //! |---|---|
 //! | `study.toml` | the plan: data, folds, seeds, every method's whole configuration ([`protocol`]) |
 //! | `manifest.json` | the data as found, program, device, what could not be computed and why |
-//! | `runs/ARM/fold-F_seed-S/` | a run as [`crate::train`] writes it, and its results on each data set in a folder of its name |
+//! | `runs/ARM/fold-F_seed-S/` | a run as [`crate::train`] writes it, without its last checkpoint, and its results on each data set in a folder of its name |
+//! | `runs/ARM/ensemble/` | results of its networks together, likewise |
 //! | `per_image.csv` | all results, one row for each image and run |
+//! | `ensembles.csv` | results of [`ensemble`](mod@ensemble)s, one row for each image and method |
 //! | `normals.csv` | pixels predicted in images without a lesion |
 //! | `statistics.json` | [`statistics::Statistics`] |
 //! | `report.html`, `figures/` | the same to read ([`page`]) |
 //!
 //! All methods see the same folds, seeds, steps and starting weights. The source's validation part chooses the epoch;
-//! threshold and weights are then fixed, and targets are only ever tested on. Everything reported is computed from the
+//! threshold and weights are then fixed, and targets are only ever tested on. Methods whose configurations differ only
+//! in how they are tested ([`Config::test_flip`]) share their networks, which the first of them trains. Everything reported is computed from the
 //! files of the runs, so a study that was stopped, however it was, goes on with what is there and ends in the
 //! same numbers. [`search`](mod@search) chooses settings on the source alone; [`compare`](mod@compare) sets any runs side by side.
 
 pub mod compare;
+pub mod ensemble;
 pub mod page;
 pub mod protocol;
 pub mod search;
@@ -37,9 +41,11 @@ use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::metrics::{PerImage, read_csv, write_csv};
 use crate::train::config::Device;
-use crate::train::evaluate::{examine, make_folder, write};
-use crate::train::run::{self, Epoch, METRICS, TrainArgs, VALIDATION, train};
+use crate::train::evaluate::{RESULTS, examine, make_folder, write};
+use crate::train::model::{BEST, CONFIG, LAST};
+use crate::train::run::{self, Epoch, METRICS, TrainArgs, VALIDATION, is_finished, train};
 use crate::train::{Config, Model, Report, select, stop};
+use ensemble::ENSEMBLES;
 use protocol::{DataSet, Protocol, Run, names};
 use statistics::{Measured, Statistics};
 
@@ -85,6 +91,11 @@ pub trait Watch: Report {
     /// All runs that there will be, in their order.
     fn begin(&self, plan: &Protocol, runs: &[Run]) {
         let _ = (plan, runs);
+    }
+
+    /// All runs are over, and the networks of the method `arm` are tested together on the data set of that name.
+    fn ensemble(&self, arm: &str, set: &str) {
+        let _ = (arm, set);
     }
 
     /// A run has come to this.
@@ -217,13 +228,15 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         }));
     }
     let measured = measured(args.out, &done, &sets)?;
+    let ensembles = ensemble::all(&plan, &done, args.out, &sets, watch, interrupt)?;
     let descriptions: Vec<&DataSet> = sets.iter().map(|set| &set.description).collect();
-    let mut statistics = Statistics::of(&plan, &measured, &descriptions);
+    let mut statistics = Statistics::of(&plan, &measured, &ensembles, &descriptions);
     manifest
         .not_computed
         .extend(statistics.not_computed.clone());
     statistics.not_computed.clone_from(&manifest.not_computed);
     write_rows(args.out, &measured)?;
+    write_csv(&args.out.join(ENSEMBLES), &ensemble::rows(&ensembles))?;
     write_json(&args.out.join(STATISTICS), &statistics)?;
     write_json(&path, &manifest)?;
     let histories = histories(args.out, &done)?;
@@ -256,9 +269,20 @@ fn plan(args: &StudyArgs<'_>) -> Result<Protocol> {
         let problem = format!("expected the folder of a study to resume, found no {PLAN} in it");
         return Err(Error::file(args.out, problem));
     }
-    let own = Protocol::read(&path)?;
-    match args.plan.and_then(|asked| own.difference(asked)) {
-        None => Ok(own),
+    let mut own = Protocol::read(&path)?;
+    let Some(asked) = args.plan else {
+        return Ok(own);
+    };
+    // Methods may be added behind those that there are.
+    let mut known = asked.clone();
+    let more = known
+        .methods
+        .split_off(own.methods.len().min(known.methods.len()));
+    match own.difference(&known) {
+        None => {
+            own.methods.extend(more);
+            Ok(own)
+        }
         Some((key, ours, theirs)) => {
             let problem = format!("expected {ours}, as the study to resume has it, found {theirs}");
             Err(Error::argument(key, problem))
@@ -298,7 +322,7 @@ fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Ve
     let names = names(&known);
     let drop_duplicates = plan.methods.iter().any(|m| m.config.drop_duplicates);
     let opened = sources.into_iter().zip(&specs).zip(names);
-    opened
+    let opened = opened
         .map(|((source, spec), name)| {
             stop(interrupt)?;
             let (subset, drops) = select(&*source, drop_duplicates, watch);
@@ -310,7 +334,10 @@ fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Ve
                 description,
             })
         })
-        .collect()
+        .collect();
+    let all = specs.len() as u64;
+    watch.progress("opening data", all, all, "");
+    opened
 }
 
 /// Refuses targets that hold images of the source: a network would be tested on what it was trained on.
@@ -383,14 +410,11 @@ fn unchanged(out: &Path, before: &Manifest, now: &Manifest, watch: &dyn Watch) -
             "{} has changed, testing on it again: {change}",
             is.data
         ));
-        for run in now.plan.runs() {
-            let path = run.folder(out).join(&is.name).join(RESULTS);
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::caused(&path, "cannot be removed", e));
-                }
-                _ => {}
-            }
+        let of_runs = now.plan.runs().into_iter().map(|run| run.folder(out));
+        let methods = now.plan.methods.iter();
+        let of_ensembles = methods.map(|method| ensemble::folder(out, &method.name));
+        for folder in of_runs.chain(of_ensembles) {
+            remove(&folder.join(&is.name).join(RESULTS))?;
         }
     }
     if before.instruction_set != now.instruction_set {
@@ -402,8 +426,15 @@ fn unchanged(out: &Path, before: &Manifest, now: &Manifest, watch: &dyn Watch) -
     Ok(())
 }
 
-/// The file that is written last of all results on a data set.
-const RESULTS: &str = "metrics.json";
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::caused(path, "cannot be removed", e))
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Trains and tests one run, as far as it is not done.
 fn one(
@@ -415,9 +446,13 @@ fn one(
     interrupt: &AtomicBool,
 ) -> Result<()> {
     let folder = run.folder(out);
-    if !is_trained(&folder) {
-        watch.state(run, &State::Training);
-        go_on(&folder, &plan.config(run), watch, interrupt)?;
+    let trainer = plan.training(run);
+    let of_trainer = trainer.folder(out);
+    let config = plan.config(run);
+    trained(run, &of_trainer, &plan.config(&trainer), watch, interrupt)?;
+    if !is_finished(&folder) {
+        watch.state(run, &State::Testing(sets[0].name.clone()));
+        take_over(&of_trainer, &folder, &config, &sets[0], watch, interrupt)?;
     }
     let mut model = None;
     for (i, set) in sets.iter().enumerate() {
@@ -428,11 +463,7 @@ fn one(
         watch.state(run, &State::Testing(set.name.clone()));
         let model = match &mut model {
             Some(model) => model,
-            none => none.insert(Model::open(
-                &run.folder(out),
-                plan.config(run).device,
-                usize::MAX,
-            )?),
+            none => none.insert(Model::open(&run.folder(out), config.device, usize::MAX)?),
         };
         let subset = match i {
             0 => unseen(set, &run.folder(out))?,
@@ -452,20 +483,66 @@ fn one(
     Ok(())
 }
 
-/// Whether a run's training is over.
-fn is_trained(run: &Path) -> bool {
-    run.join(VALIDATION).join(RESULTS).is_file()
+/// Trains the run in `folder` from where it stands, unless that is over. Its last checkpoint goes, since a finished run
+/// needs it for nothing, and it is as large as the best.
+fn trained(
+    run: &Run,
+    folder: &Path,
+    config: &Config,
+    watch: &dyn Watch,
+    interrupt: &AtomicBool,
+) -> Result<()> {
+    if !is_finished(folder) {
+        watch.state(run, &State::Training);
+        let args = TrainArgs {
+            out: folder,
+            config: None,
+            settings: &config.settings(),
+            resume: folder.join(CONFIG).is_file(),
+        };
+        train(&args, watch, interrupt)?;
+    }
+    remove(&folder.join(LAST))
 }
 
-/// Trains a run from where it stands.
-fn go_on(run: &Path, config: &Config, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<()> {
-    let args = TrainArgs {
-        out: run,
-        config: None,
-        settings: &config.settings(),
-        resume: run.join(crate::train::model::CONFIG).is_file(),
+/// Makes `folder` a run with the network of another, `trainer`, and a configuration that differs from that one's only in
+/// how it is tested.
+fn take_over(
+    trainer: &Path,
+    folder: &Path,
+    config: &Config,
+    source: &Opened,
+    watch: &dyn Watch,
+    interrupt: &AtomicBool,
+) -> Result<()> {
+    make_folder(folder)?;
+    for name in [BEST, METRICS] {
+        let (from, to) = (trainer.join(name), folder.join(name));
+        remove(&to)?;
+        // Files of runs are replaced and never changed, so both may have the same bytes on the disk.
+        std::fs::hard_link(&from, &to)
+            .or_else(|_| std::fs::copy(&from, &to).map(drop))
+            .map_err(|e| Error::caused(&to, "cannot be written", e))?;
+    }
+    let manifest = run::Manifest {
+        config: config.clone(),
+        ..run::Manifest::read(&trainer.join(run::MANIFEST))?
     };
-    train(&args, watch, interrupt).map(drop)
+    write_json(&folder.join(run::MANIFEST), &manifest)?;
+    write_atomically(&folder.join(CONFIG), config.to_toml().as_bytes())?;
+    let held_out: HashSet<&str> = manifest
+        .validation
+        .iter()
+        .map(|i| i.image.as_str())
+        .collect();
+    let cases = source.source.cases();
+    let mut subset = source.subset.clone();
+    subset.retain(|&i| held_out.contains(cases[i].image.as_str()));
+    let mut model = Model::open(folder, config.device, usize::MAX)?;
+    let rows = examine(&mut model, &*source.source, &subset, watch, interrupt)?;
+    let folder = folder.join(VALIDATION);
+    make_folder(&folder)?;
+    write(&folder, source.source.name(), &rows).map(drop)
 }
 
 /// The source's images that a run was not trained on: its held-out part, and those without a lesion.

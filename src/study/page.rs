@@ -5,7 +5,8 @@ use std::path::Path;
 
 use super::protocol::{Method, Run};
 use super::statistics::{
-    ArmStatistics, Comparison, DataSetStatistics, Effect, Measured, Spread, Statistics, averaged,
+    ArmStatistics, Comparison, DataSetStatistics, Effect, EnsembleStatistics, Flags, Measured,
+    Spread, Statistics, averaged,
 };
 use super::{Histories, Manifest, Opened, PAGE};
 use crate::data::image::{png_rgb_bytes, write_atomically};
@@ -13,8 +14,9 @@ use crate::data::letterbox::quantise;
 use crate::data::{self, Label};
 use crate::error::Result;
 use crate::features::ShapeFeatures;
+use crate::metrics::classification::Auc;
 use crate::metrics::statistics::{Summary, mean, quantile};
-use crate::metrics::{Mask, PerImage};
+use crate::metrics::{Mask, PerImage, SegmentationMetrics};
 use crate::report::plot::{Axis, Plot, rgb, standalone};
 use crate::report::{Page, overlay};
 use crate::train::evaluate::make_folder;
@@ -200,7 +202,9 @@ impl Material<'_> {
         ));
         page.paragraph(
             "An image's figures are averaged over the runs tested on it before anything is summarised or compared: \
-             every run on a target, the runs that held the image out on the source. Brackets hold 95% intervals: of \
+             every run on a target, the runs that held the image out on the source. An ensemble is all networks of a method, \
+             their masks and probabilities averaged before the threshold, on targets only; its probabilities are those \
+             that the method has here anyway, its masks are not. Brackets hold 95% intervals: of \
              means by a bootstrap that draws whole patients where they are known, of AUCs by DeLong. An empty mask has \
              Dice 0 and a distance of the image's diagonal. Research software: nothing here is for decisions about patients.",
         );
@@ -217,12 +221,17 @@ impl Material<'_> {
                 "source" => format!("{}, held out: {} images", set.dataset, set.n),
                 _ => format!("{}, never seen: {} images", set.dataset, set.n),
             };
-            let rows =
-                |of: fn(&Method, &ArmStatistics) -> Option<Vec<String>>| -> Vec<Vec<String>> {
-                    arms.iter()
-                        .filter_map(|(method, arm)| of(method, arm))
-                        .collect()
-                };
+            let masks = arms
+                .iter()
+                .filter_map(|(method, arm)| outlining(&method.name, Masks::of(arm)));
+            let ensembles = arms.iter().filter_map(|(method, _)| {
+                let ensemble = set.ensembles.get(&method.name)?;
+                outlining(&together(&method.name), Masks::of_ensemble(ensemble))
+            });
+            let masks: Vec<_> = masks.chain(ensembles).collect();
+            let diagnoses = arms
+                .iter()
+                .filter_map(|(method, arm)| diagnosing(method, arm));
             let head = [
                 "outlining",
                 "Dice",
@@ -232,7 +241,7 @@ impl Material<'_> {
                 "ASSD px",
                 "normals with a lesion",
             ];
-            page.table(&caption, &head, &rows(outlining));
+            page.table(&caption, &head, &masks);
             let head = [
                 "diagnosing",
                 "AUC",
@@ -243,7 +252,7 @@ impl Material<'_> {
                 "Brier",
                 "ECE",
             ];
-            page.table("", &head, &rows(diagnosing));
+            page.table("", &head, &diagnoses.collect::<Vec<_>>());
         }
         self.paper(page);
         self.comparisons(page);
@@ -280,59 +289,72 @@ impl Material<'_> {
     }
 
     fn comparisons(&self, page: &mut Page) {
-        let each = || {
+        let each = |of: fn(&DataSetStatistics) -> &[Comparison]| {
             let sets = self.statistics.datasets.iter();
-            sets.flat_map(|set| set.comparisons.iter().map(move |c| (set, c)))
+            sets.flat_map(move |set| of(set).iter().map(move |c| (set, c)))
         };
         let pair = |c: &Comparison| format!("{} − {}", c.a, c.b);
-        let dice: Vec<Vec<String>> = each()
-            .filter_map(|(set, c)| {
-                let d = c.dice.as_ref()?;
-                Some(vec![
-                    pair(c),
-                    set.dataset.clone(),
-                    d.difference.n.to_string(),
-                    summary(Some(&d.difference)),
-                    interval(Some(d.hodges_lehmann.value), d.hodges_lehmann.ci95),
-                    figure(d.rank_biserial),
-                    p_value(Some(d.wilcoxon.p_value)),
-                    p_value(d.holm),
-                    p_value(d.by_patient.map(|w| w.p_value)),
-                ])
-            })
+        let dice = |(set, c): (&DataSetStatistics, &Comparison)| {
+            let d = c.dice.as_ref()?;
+            Some(vec![
+                pair(c),
+                set.dataset.clone(),
+                d.difference.n.to_string(),
+                summary(Some(&d.difference)),
+                interval(Some(d.hodges_lehmann.value), d.hodges_lehmann.ci95),
+                figure(d.rank_biserial),
+                p_value(Some(d.wilcoxon.p_value)),
+                p_value(d.holm),
+                p_value(d.by_patient.map(|w| w.p_value)),
+            ])
+        };
+        let auc = |(set, c): (&DataSetStatistics, &Comparison)| {
+            let a = c.auc.as_ref()?;
+            Some(vec![
+                pair(c),
+                set.dataset.clone(),
+                interval(Some(a.delong.value), Some(a.ci95)),
+                p_value(Some(a.delong.p_value)),
+                p_value(a.holm),
+            ])
+        };
+        let of_dice: Vec<_> = each(|set| &set.comparisons).filter_map(dice).collect();
+        let of_auc: Vec<_> = each(|set| &set.comparisons).filter_map(auc).collect();
+        let of_ensembles: Vec<_> = each(|set| &set.ensemble_comparisons)
+            .filter_map(dice)
             .collect();
-        let auc: Vec<Vec<String>> = each()
-            .filter_map(|(set, c)| {
-                let a = c.auc.as_ref()?;
-                Some(vec![
-                    pair(c),
-                    set.dataset.clone(),
-                    interval(Some(a.delong.value), Some(a.ci95)),
-                    p_value(Some(a.delong.p_value)),
-                    p_value(a.holm),
-                ])
-            })
-            .collect();
-        if dice.is_empty() && auc.is_empty() {
+        if of_dice.is_empty() && of_auc.is_empty() {
             return;
         }
-        page.section("Is it chance?");
-        if !dice.is_empty() {
-            page.table(
+        let head = [
+            "difference",
+            "data set",
+            "n",
+            "mean",
+            "centre",
+            "r",
+            "p",
+            "p, Holm",
+            "p by patient",
+        ];
+        page.section("Is it chance?")
+            .table(
                 "Differences of Dice, image by image. Centre: Hodges–Lehmann. r: matched-pairs rank-biserial correlation, 1 if \
                  every image gains. p: Wilcoxon signed-rank, then corrected by Holm over the data sets, then of differences \
                  averaged by patient.",
-                &["difference", "data set", "n", "mean", "centre", "r", "p", "p, Holm", "p by patient"],
-                &dice,
-            );
-        }
-        if !auc.is_empty() {
-            page.table(
+                &head,
+                &of_dice,
+            )
+            .table(
+                "The same for ensembles: what averaging a method's networks adds to them, and ensembles against each other.",
+                &head,
+                &of_ensembles,
+            )
+            .table(
                 "Differences of the AUC, by DeLong's test for the same images.",
                 &["difference", "data set", "AUC", "p", "p, Holm"],
-                &auc,
+                &of_auc,
             );
-        }
     }
 
     fn interference(&self, page: &mut Page) {
@@ -401,34 +423,60 @@ impl Material<'_> {
     }
 
     fn flags(&self, page: &mut Page) {
-        let mut rows = Vec::new();
+        let (mut diagnoses, mut masks) = (Vec::new(), Vec::new());
         for set in &self.statistics.datasets {
             for (_, method) in self.methods() {
-                let flags = self.arm(set, method).and_then(|arm| arm.flags.as_ref());
-                let Some(flags) = flags else {
-                    continue;
+                // An ensemble's probabilities are its method's, and it has signals of its own besides.
+                let ensemble = set.ensembles.get(&method.name);
+                let (name, of_diagnoses) = match ensemble {
+                    Some(ensemble) => (together(&method.name), &ensemble.wrong_diagnoses),
+                    None => match self.arm(set, method) {
+                        Some(arm) => (method.name.clone(), &arm.flags),
+                        None => continue,
+                    },
                 };
-                let auc = |auc: Option<crate::metrics::classification::Auc>| {
-                    interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95))
+                let row = |flags: &Flags| {
+                    let auc =
+                        |auc: Option<Auc>| interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95));
+                    vec![
+                        set.dataset.clone(),
+                        name.clone(),
+                        format!("{} of {}", flags.wrong, flags.n),
+                        auc(flags.disagreement_with_prior),
+                        auc(flags.ambiguity),
+                        auc(flags.disagreement_of_probabilities),
+                        auc(flags.disagreement_of_masks),
+                    ]
                 };
-                rows.push(vec![
-                    set.dataset.clone(),
-                    method.name.clone(),
-                    format!("{} of {}", flags.wrong, flags.n),
-                    auc(flags.disagreement_with_prior),
-                    auc(flags.ambiguity),
-                    auc(flags.disagreement_of_runs),
-                ]);
+                diagnoses.extend(of_diagnoses.as_ref().map(row));
+                masks.extend(ensemble.and_then(|e| e.bad_masks.as_ref()).map(row));
             }
         }
-        if !rows.is_empty() {
-            page.section("Can a wrong diagnosis be told?").table(
-                "AUC with which a signal finds wrong diagnoses: |p − φ|, that the mask's shape contradicts them; ambiguity, that \
-                 p is near 0.5, which any other signal must beat; that p differs between runs.",
-                &["data set", "method", "wrong", "|p − φ|", "ambiguity", "between runs"],
-                &rows,
-            );
+        if diagnoses.is_empty() && masks.is_empty() {
+            return;
         }
+        let head = [
+            "data set",
+            "method",
+            "wrong",
+            "|p − φ|",
+            "ambiguity",
+            "p differs",
+            "masks differ",
+        ];
+        page.section("Can a wrong answer be told?")
+            .table(
+                "AUC with which a signal finds wrong diagnoses, among images in which a lesion was outlined: |p − φ|, that the \
+                 mask's shape contradicts p; ambiguity, that p is near 0.5, which any other signal must beat; in ensembles, how \
+                 far the networks' p are apart, and how little their masks overlap.",
+                &head,
+                &diagnoses,
+            )
+            .table(
+                "The same for masks with a Dice below 0.5.",
+                &head,
+                &masks,
+            );
     }
 
     fn figures(&self) -> Vec<Section> {
@@ -598,8 +646,10 @@ impl Material<'_> {
     }
 
     fn curves(&self, file: &str, label: &str, caption: &str, column: Column<'_>) -> Option<Figure> {
+        let plan = &self.manifest.plan;
         let lines: Vec<Line<'_>> = self
             .methods()
+            .filter(|(_, method)| plan.trainer(method).name == method.name)
             .map(|(colour, method)| {
                 (
                     colour,
@@ -885,20 +935,52 @@ impl Material<'_> {
     }
 }
 
+/// The name of a method's ensemble.
+fn together(method: &str) -> String {
+    format!("{method}, ensemble")
+}
+
+/// What a table of masks shows.
+struct Masks<'a> {
+    found: Option<&'a SegmentationMetrics>,
+    by_run: Option<&'a Spread>,
+    /// Share of images without a lesion in which one was outlined.
+    false_positives: Option<f64>,
+}
+
+impl<'a> Masks<'a> {
+    fn of(arm: &'a ArmStatistics) -> Self {
+        let normals = arm.normals.as_ref();
+        Self {
+            found: arm.metrics.segmentation.as_ref(),
+            by_run: arm.dice_by_run.as_ref(),
+            false_positives: normals.map(|n| n.false_positive_rate.mean),
+        }
+    }
+
+    fn of_ensemble(ensemble: &'a EnsembleStatistics) -> Self {
+        let normals = ensemble.metrics.normals.as_ref();
+        Self {
+            found: ensemble.metrics.segmentation.as_ref(),
+            by_run: None,
+            false_positives: normals.map(|n| n.false_positive_rate),
+        }
+    }
+}
+
 /// The line of a table of masks.
-fn outlining(method: &Method, arm: &ArmStatistics) -> Option<Vec<String>> {
-    let found = arm.metrics.segmentation.as_ref();
+fn outlining(name: &str, masks: Masks<'_>) -> Option<Vec<String>> {
+    let found = masks.found;
     let one = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.1}"));
-    let normals = arm.normals.as_ref();
-    (found.is_some() || normals.is_some()).then(|| {
+    (found.is_some() || masks.false_positives.is_some()).then(|| {
         vec![
-            method.name.clone(),
+            name.to_owned(),
             summary(found.map(|s| &s.dice)),
             figure(found.map(|s| s.dice.median)),
-            spread(arm.dice_by_run.as_ref()),
+            spread(masks.by_run),
             one(found.map(|s| s.hd95_px.mean)),
             one(found.map(|s| s.assd_px.mean)),
-            figure(normals.map(|n| n.false_positive_rate.mean)),
+            figure(masks.false_positives),
         ]
     })
 }

@@ -274,6 +274,22 @@ impl Protocol {
         }
     }
 
+    /// The first method that trains as `method` does: methods that differ only in how they are tested share their
+    /// networks.
+    pub fn trainer<'a>(&'a self, method: &'a Method) -> &'a Method {
+        let mut methods = self.methods.iter();
+        let alike = |other: &&Method| method.config.trains_otherwise(&other.config).is_none();
+        methods.find(alike).unwrap_or(method)
+    }
+
+    /// The run whose network `run` is tested with.
+    pub fn training(&self, run: &Run) -> Run {
+        Run {
+            arm: self.trainer(self.method(run)).name.clone(),
+            ..run.clone()
+        }
+    }
+
     /// Reads `study.toml`.
     ///
     /// # Errors

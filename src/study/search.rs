@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use serde::Serialize;
 
 use super::protocol::{Method, Protocol, Run};
-use super::{State, Watch, claim, go_on, is_trained, json, write_json};
+use super::{State, Watch, claim, json, trained, write_json};
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
 use crate::metrics::classification::Auc;
@@ -241,10 +241,7 @@ fn trial(
     for run in &runs {
         stop(interrupt)?;
         let folder = folder(run, args.out, number);
-        if !is_trained(&folder) {
-            watch.state(run, &State::Training);
-            go_on(&folder, &plan.config(run), watch, interrupt)?;
-        }
+        trained(run, &folder, &plan.config(run), watch, interrupt)?;
         let rows: Vec<PerImage> = read_csv(&folder.join(VALIDATION).join("per_image.csv"))?;
         let of_run = mean(&rows.iter().filter_map(|row| row.dice).collect::<Vec<_>>());
         let cases: Vec<_> = rows.iter().filter_map(PerImage::diagnosis).collect();

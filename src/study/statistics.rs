@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use serde::Serialize;
 
 use super::Missing;
+use super::ensemble::Ensemble;
 use super::protocol::{DataSet, Method, Protocol, Run};
 use crate::data::Label;
 use crate::metrics::classification::{
@@ -56,6 +57,11 @@ pub struct DataSetStatistics {
     pub comparisons: Vec<Comparison>,
     /// What training both tasks together costs, and what consistency wins back.
     pub interference: Option<Interference>,
+    /// On a target, the networks of each method together.
+    pub ensembles: BTreeMap<String, EnsembleStatistics>,
+    /// Each ensemble against the mean of its networks, and pairs of ensembles; of Dice alone, since the probabilities
+    /// are those of the methods.
+    pub ensemble_comparisons: Vec<Comparison>,
 }
 
 /// One method on one data set.
@@ -82,6 +88,25 @@ pub struct ArmStatistics {
     pub flags: Option<Flags>,
 }
 
+/// The networks of one method together on one target.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct EnsembleStatistics {
+    /// Number of networks.
+    pub models: usize,
+    /// Metrics of their averaged masks and probabilities. The probabilities are those of the method, whose images are
+    /// averaged over the same runs.
+    pub metrics: DatasetMetrics,
+    /// Dice within the strata of [`ArmStatistics::strata`].
+    pub strata: BTreeMap<&'static str, Summary>,
+    /// How well signals that a user could see tell wrong diagnoses.
+    pub wrong_diagnoses: Option<Flags>,
+    /// How well they tell bad masks: those with a Dice coefficient below [`BAD_DICE`].
+    pub bad_masks: Option<Flags>,
+}
+
+/// A mask with a smaller Dice coefficient is bad.
+pub const BAD_DICE: f64 = 0.5;
+
 /// How a figure scatters over runs.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Spread {
@@ -104,19 +129,22 @@ pub struct Normals {
     pub false_positive_area: Summary,
 }
 
-/// AUC with which a signal finds the diagnoses (`p ≥ 0.5`) that are wrong.
+/// AUC with which a signal finds what is wrong, on the same images for all signals: where there are masks, those in
+/// which a lesion large enough to have a shape is predicted.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Flags {
-    /// Number of wrong diagnoses, among images with all signals at hand.
+    /// Number of wrong answers.
     pub wrong: usize,
-    /// Number of those images.
+    /// Number of images.
     pub n: usize,
     /// `|p − φ|`: the mask's shape contradicts the diagnosis.
     pub disagreement_with_prior: Option<Auc>,
     /// `0.5 − |p − 0.5|`: the probability itself is undecided. What any other flag must beat.
     pub ambiguity: Option<Auc>,
-    /// Standard deviation of `p` over runs: the ensemble disagrees.
-    pub disagreement_of_runs: Option<Auc>,
+    /// Standard deviation of `p` over the networks of an ensemble.
+    pub disagreement_of_probabilities: Option<Auc>,
+    /// 1 less the mean Dice of each two masks of an ensemble.
+    pub disagreement_of_masks: Option<Auc>,
 }
 
 /// Two methods on one data set: differences are `a − b`.
@@ -189,14 +217,22 @@ pub struct Effect {
 pub(super) type Images = BTreeMap<String, PerImage>;
 
 impl Statistics {
-    /// Computes everything from the rows of all runs on `sets`, the source first.
-    pub fn of(plan: &Protocol, measured: &[Measured], sets: &[&DataSet]) -> Self {
+    /// Computes everything from the rows of all runs and ensembles on `sets`, the source first.
+    pub fn of(
+        plan: &Protocol,
+        measured: &[Measured],
+        ensembles: &[Ensemble],
+        sets: &[&DataSet],
+    ) -> Self {
         let arms: Vec<&Method> = plan.methods.iter().collect();
         let mut datasets: Vec<DataSetStatistics> = sets
             .iter()
             .enumerate()
             .map(|(index, set)| {
                 let measured: Vec<&Measured> = measured.iter().filter(|m| m.set == index).collect();
+                let ensembles = ensembles.iter().filter(|e| e.set == index);
+                let ensembles: BTreeMap<&str, &Ensemble> =
+                    ensembles.map(|e| (e.arm.as_str(), e)).collect();
                 let strata = Strata::of(set);
                 let of_arm = |method: &&Method| {
                     let runs: Vec<&Measured> = of(&measured, &method.name).collect();
@@ -212,6 +248,13 @@ impl Statistics {
                         .filter_map(|(a, b)| Comparison::of(&measured, a, b, &strata))
                         .collect(),
                     interference: Interference::of(&measured, &arms),
+                    ensemble_comparisons: Comparison::of_ensembles(
+                        &measured, &ensembles, &arms, &strata,
+                    ),
+                    ensembles: ensembles
+                        .into_iter()
+                        .map(|(arm, e)| (arm.to_owned(), EnsembleStatistics::of(e, &strata)))
+                        .collect(),
                 }
             })
             .collect();
@@ -220,9 +263,18 @@ impl Statistics {
             .iter()
             .zip(&datasets)
             .flat_map(|(set, found)| absent(set, found));
+        let alone = arms.iter().filter(|method| {
+            let runs: BTreeSet<&Run> = measured.iter().map(|m| &m.run).collect();
+            let mut of_method = runs.iter().filter(|run| run.arm == method.name);
+            of_method.next().is_some() && of_method.next().is_none()
+        });
+        let alone = alone.map(|method| Missing {
+            what: format!("{}, ensemble", method.name),
+            reason: "it has one run, and an ensemble needs two".to_owned(),
+        });
         Self {
             arms: arms.iter().map(|method| method.name.clone()).collect(),
-            not_computed: not_computed.collect(),
+            not_computed: not_computed.chain(alone).collect(),
             datasets,
         }
     }
@@ -349,7 +401,7 @@ impl ArmStatistics {
             normals: Normals::of(runs),
             reliability: reliability(&cases),
             roc: roc(&cases),
-            flags: Flags::of(runs, &images),
+            flags: Flags::of(&rows, wrong_diagnosis),
             metrics: DatasetMetrics::of(&rows),
         })
     }
@@ -390,30 +442,49 @@ impl Normals {
     }
 }
 
+impl EnsembleStatistics {
+    fn of(ensemble: &Ensemble, strata: &Strata) -> Self {
+        let rows = &ensemble.rows;
+        let dice = rows.iter().filter_map(|row| Some((row, row.dice?)));
+        Self {
+            models: ensemble.members.len(),
+            strata: strata.summarise(dice),
+            wrong_diagnoses: Flags::of(rows, wrong_diagnosis),
+            bad_masks: Flags::of(rows, |row| Some(row.dice? < BAD_DICE)),
+            metrics: DatasetMetrics::of(rows),
+        }
+    }
+}
+
+/// Whether the diagnosis of an image is wrong, if there is one.
+fn wrong_diagnosis(row: &PerImage) -> Option<bool> {
+    let (p, malignant) = row.diagnosis()?;
+    Some((p >= THRESHOLD) != malignant)
+}
+
 impl Flags {
-    fn of(runs: &[&Measured], images: &Images) -> Option<Self> {
-        let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for row in runs.iter().flat_map(|run| &run.rows) {
-            all.entry(&row.image).or_default().extend(row.p);
-        }
-        let mut signals = [const { Vec::new() }; 3];
-        for row in images.values() {
-            let (Some((p, malignant)), Some(phi)) = (row.diagnosis(), row.phi) else {
-                continue;
-            };
-            let wrong = (p >= THRESHOLD) != malignant;
-            signals[0].push(((p - phi).abs(), wrong));
-            signals[1].push((0.5 - (p - 0.5).abs(), wrong));
-            let spread = all.get(row.image.as_str()).and_then(|p| sample_variance(p));
-            signals[2].extend(spread.map(|variance| (variance.sqrt(), wrong)));
-        }
-        let [prior, ambiguity, ensemble] = &signals;
-        (!prior.is_empty()).then(|| Self {
-            wrong: prior.iter().filter(|(_, wrong)| *wrong).count(),
-            n: prior.len(),
-            disagreement_with_prior: Auc::of(prior),
-            ambiguity: Auc::of(ambiguity),
-            disagreement_of_runs: Auc::of(ensemble),
+    fn of(rows: &[PerImage], wrong: impl Fn(&PerImage) -> Option<bool>) -> Option<Self> {
+        let masks = rows.iter().any(|row| row.irregularity.is_some());
+        let measurable = |row: &&PerImage| row.irregularity.is_some() || !masks;
+        let cases: Vec<(&PerImage, bool)> = rows
+            .iter()
+            .filter(measurable)
+            .filter_map(|row| Some((row, wrong(row)?)))
+            .collect();
+        let auc = |signal: &dyn Fn(&PerImage) -> Option<f64>| {
+            let signals = cases.iter();
+            let signals: Vec<_> = signals
+                .filter_map(|&(row, wrong)| Some((signal(row)?, wrong)))
+                .collect();
+            Auc::of(&signals)
+        };
+        (!cases.is_empty()).then(|| Self {
+            wrong: cases.iter().filter(|(_, wrong)| *wrong).count(),
+            n: cases.len(),
+            disagreement_with_prior: auc(&|row| Some((row.p? - row.phi?).abs())),
+            ambiguity: auc(&|row| Some(0.5 - (row.p? - 0.5).abs())),
+            disagreement_of_probabilities: auc(&|row| row.disagreement.p_sd),
+            disagreement_of_masks: auc(&|row| Some(1.0 - row.disagreement.mask_agreement?)),
         })
     }
 }
@@ -423,6 +494,36 @@ impl Comparison {
         let (a_images, b_images, runs) = in_common(measured, &a.name, &b.name)?;
         let names = [&a.name, &b.name].map(String::clone);
         Self::between(names, &a_images, &b_images, runs, strata)
+    }
+
+    /// Each ensemble against the mean of its networks, and the pairs of [`pairs`] whose ensembles are of the same
+    /// folds and seeds.
+    fn of_ensembles(
+        measured: &[&Measured],
+        ensembles: &BTreeMap<&str, &Ensemble>,
+        methods: &[&Method],
+        strata: &Strata,
+    ) -> Vec<Self> {
+        let name = |arm: &str| format!("{arm}, ensemble");
+        let dice = |names: [String; 2], a: &Images, b: &Images, models: usize| {
+            let both = Self::between(names, a, b, models, strata)?;
+            both.dice.is_some().then_some(Self { auc: None, ..both })
+        };
+        let gains = methods.iter().filter_map(|method| {
+            let ensemble = ensembles.get(method.name.as_str())?;
+            let names = [name(&method.name), method.name.clone()];
+            let alone = images(of(measured, &method.name));
+            let models = ensemble.members.len();
+            dice(names, &averaged(&ensemble.rows), &alone, models)
+        });
+        let pairs = pairs(methods).filter_map(|(a, b)| {
+            let names = [name(&a.name), name(&b.name)];
+            let [a, b] = [ensembles.get(&*a.name)?, ensembles.get(&*b.name)?];
+            let same = a.members == b.members;
+            let (rows, others) = (averaged(&a.rows), averaged(&b.rows));
+            same.then(|| dice(names, &rows, &others, a.members.len()))?
+        });
+        gains.chain(pairs).collect()
     }
 
     /// Compares the images that both have; `None` if that says nothing.
@@ -552,17 +653,14 @@ impl Interference {
 
 /// Corrects each pair's tests over the data sets.
 fn correct(datasets: &mut [DataSetStatistics]) {
-    let pairs: BTreeSet<(String, String)> = datasets
-        .iter()
-        .flat_map(|set| &set.comparisons)
-        .map(|c| (c.a.clone(), c.b.clone()))
-        .collect();
-    for (a, b) in pairs {
-        let mut same: Vec<&mut Comparison> = datasets
-            .iter_mut()
-            .flat_map(|set| &mut set.comparisons)
-            .filter(|c| (&c.a, &c.b) == (&a, &b))
-            .collect();
+    let mut pairs: BTreeMap<(String, String), Vec<&mut Comparison>> = BTreeMap::new();
+    for set in datasets {
+        let all = set.comparisons.iter_mut();
+        for c in all.chain(&mut set.ensemble_comparisons) {
+            pairs.entry((c.a.clone(), c.b.clone())).or_default().push(c);
+        }
+    }
+    for same in pairs.values_mut() {
         let dice: Vec<_> = same
             .iter()
             .map(|c| c.dice.as_ref().map(|d| d.wilcoxon.p_value))

@@ -195,6 +195,11 @@ pub struct Config {
     pub batch: usize,
     /// Threads that prepare batches.
     pub workers: usize,
+    /// Average what the trained network says of an image and of its mirror image: left and right change places, never
+    /// above and below, since depth has a meaning. For tests and predictions; epochs are chosen without it, so that
+    /// runs which differ in nothing else have the same weights.
+    #[serde(default)]
+    pub test_flip: bool,
     /// Checkpoint whose weights the run starts from, or an encoder's weights ([`super::pretrained`]); empty for
     /// random weights.
     pub init: String,
@@ -327,6 +332,7 @@ impl Config {
             epochs: if tiny { 20 } else { 50 },
             batch: 16,
             workers: 1,
+            test_flip: false,
             init: String::new(),
             model: ModelConfig {
                 kind: if efficientnet {
@@ -475,15 +481,42 @@ impl Config {
     /// The first key in which `self` and `other` differ, with both values; `workers` aside, which changes no
     /// result, and `device`, on which a run may go on elsewhere.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        self.first_difference(other, |key| !["workers", "device"].contains(&key))
+    }
+
+    /// As [`Config::difference`], with what changes only tests aside: `None` if both train the same network.
+    pub fn trains_otherwise(&self, other: &Self) -> Option<(String, String, String)> {
+        self.first_difference(other, |key| {
+            !["workers", "device", "test_flip"].contains(&key)
+        })
+    }
+
+    /// As [`Config::difference`], of the keys that decide what trained networks say of the same images: `None` if it
+    /// can be averaged.
+    pub fn says_otherwise(&self, other: &Self) -> Option<(String, String, String)> {
+        let keys = [
+            "arm",
+            "size",
+            "test_flip",
+            "model.kind",
+            "model.widths",
+            "loss.kappa",
+        ];
+        self.first_difference(other, |key| keys.contains(&key))
+    }
+
+    fn first_difference(
+        &self,
+        other: &Self,
+        counts: impl Fn(&str) -> bool,
+    ) -> Option<(String, String, String)> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         flatten("", self.table(), &mut ours);
         flatten("", other.table(), &mut theirs);
         ours.into_iter()
             .zip(theirs)
             .find_map(|((key, a), (_, b))| match (a, b) {
-                (Setting::Value(a), Setting::Value(b))
-                    if a != b && !["workers", "device"].contains(&&*key) =>
-                {
+                (Setting::Value(a), Setting::Value(b)) if a != b && counts(&key) => {
                     Some((key, a.to_string(), b.to_string()))
                 }
                 _ => None,

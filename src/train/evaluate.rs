@@ -11,6 +11,9 @@ use crate::data::{self, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage, write_csv, write_json};
 
+/// Name of the metrics, the last file that is written of the results on a data set.
+pub(crate) const RESULTS: &str = "metrics.json";
+
 /// What to evaluate.
 #[derive(Clone, Copy, Debug)]
 pub struct EvaluateArgs<'a> {
@@ -101,6 +104,7 @@ pub(crate) fn examine(
         }
         row.p = finding.p;
         row.phi = finding.phi;
+        row.disagreement = finding.disagreement;
         if let Some(features) = finding.features {
             row.irregularity = Some(features.irregularity);
             row.orientation = Some(features.orientation);
@@ -126,7 +130,7 @@ pub(crate) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<Dataset
     let metrics = DatasetMetrics::of(rows);
     write_csv(&out.join("per_image.csv"), rows)?;
     let datasets = BTreeMap::from([(name.to_owned(), metrics.clone())]);
-    write_json(&out.join("metrics.json"), &datasets)?;
+    write_json(&out.join(RESULTS), &datasets)?;
     Ok(metrics)
 }
 

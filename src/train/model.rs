@@ -1,4 +1,4 @@
-//! A trained network, ready to look at images.
+//! Trained networks, ready to look at images.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -12,8 +12,9 @@ use crate::data::letterbox::Letterbox;
 use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
 use crate::features::{MaskSums, Prior, ShapeFeatures};
-use crate::metrics::Mask;
 use crate::metrics::classification::THRESHOLD;
+use crate::metrics::statistics::{mean, sample_variance};
+use crate::metrics::{Disagreement, Mask};
 use crate::tape::{Kind, Var};
 use crate::tensor::Shape;
 
@@ -24,13 +25,74 @@ pub const BEST: &str = "best.safetensors";
 /// Name of the latest checkpoint in a run's folder.
 pub const LAST: &str = "last.safetensors";
 
-/// What the network says of one letterboxed image.
+/// What a network says of one letterboxed image, or several together.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Inference {
     /// Mask logits, S×S; absent if the arm does not segment.
     pub logits: Option<Vec<f32>>,
     /// Probability of malignancy; absent if the arm does not classify.
     pub p: Option<f64>,
+    /// How far several networks are apart.
+    pub disagreement: Disagreement,
+}
+
+impl Inference {
+    /// The mean of what was said of one image: of the probabilities, pixel by pixel, and so of the probabilities at
+    /// the image's resolution, which depend on these linearly. Of one alone it is that, bit for bit.
+    fn mean(mut all: Vec<Self>) -> Self {
+        if all.len() == 1 {
+            return all.swap_remove(0);
+        }
+        let n = all.len() as f64;
+        let together = |logits: &[&[f32]], pixel: usize| -> f32 {
+            // Both from sums, since 1 − p would round a decided pixel to infinity.
+            let sum = |sign: f64| -> f64 {
+                let logits = logits.iter().map(|map| f64::from(map[pixel]));
+                logits.map(|z| sigmoid(sign * z)).sum()
+            };
+            (sum(1.0) / sum(-1.0)).ln() as f32
+        };
+        let maps: Option<Vec<&[f32]>> = all.iter().map(|one| one.logits.as_deref()).collect();
+        let logits = maps.map(|maps| {
+            let pixels = maps.first().map_or(0, |map| map.len());
+            (0..pixels).map(|pixel| together(&maps, pixel)).collect()
+        });
+        let p: Option<Vec<f64>> = all.iter().map(|one| one.p).collect();
+        Self {
+            logits,
+            p: p.map(|p| p.iter().sum::<f64>() / n),
+            disagreement: Disagreement::default(),
+        }
+    }
+}
+
+/// How far what several networks said of one image is apart.
+fn disagreement(all: &[Inference]) -> Disagreement {
+    let p: Vec<f64> = all.iter().filter_map(|one| one.p).collect();
+    let inside = |one: &Inference| -> Option<Vec<bool>> {
+        let logits = one.logits.as_ref()?;
+        Some(logits.iter().map(|&z| z >= 0.0).collect())
+    };
+    let masks: Vec<Vec<bool>> = all.iter().filter_map(inside).collect();
+    let mut pairs = Vec::new();
+    for (i, a) in masks.iter().enumerate() {
+        for b in &masks[..i] {
+            let (mut both, mut areas) = (0u64, 0u64);
+            for (&a, &b) in a.iter().zip(b) {
+                both += u64::from(a && b);
+                areas += u64::from(a) + u64::from(b);
+            }
+            // Without a pixel in either there is nothing to disagree about.
+            pairs.push(match areas {
+                0 => 1.0,
+                areas => 2.0 * both as f64 / areas as f64,
+            });
+        }
+    }
+    Disagreement {
+        p_sd: sample_variance(&p).map(f64::sqrt),
+        mask_agreement: mean(&pairs),
+    }
 }
 
 /// What is found in one image.
@@ -44,17 +106,24 @@ pub struct Finding {
     pub phi: Option<f64>,
     /// The shape features of the soft mask, absent if no lesion is measurable.
     pub features: Option<ShapeFeatures>,
+    /// How far the networks are apart.
+    pub disagreement: Disagreement,
 }
 
-/// A network in evaluation with its weights.
+/// A network in evaluation with its weights, or an ensemble: networks of several runs, which are averaged.
 pub struct Model {
     config: Config,
     /// Images that are shown at once.
     batch: usize,
     evaluation: Evaluation,
-    session: Box<dyn Session<f32>>,
-    /// What the network is shown.
+    members: Vec<Member>,
+    /// What the networks are shown.
     shown: Vec<f32>,
+}
+
+/// The network of one run.
+struct Member {
+    session: Box<dyn Session<f32>>,
     prior: Option<Prior>,
 }
 
@@ -76,8 +145,10 @@ impl Model {
             config,
             batch,
             evaluation,
-            session,
-            prior: None,
+            members: vec![Member {
+                session,
+                prior: None,
+            }],
         })
     }
 
@@ -88,24 +159,62 @@ impl Model {
     /// [`Error::File`] if the folder does not hold a run with a checkpoint, or they do not fit; as
     /// [`Config::backend`].
     pub fn open(run: &Path, device: Device, images: usize) -> Result<Self> {
-        let config = Config::of_run(run)?;
+        Self::ensemble(&[run], device, images)
+    }
+
+    /// The best networks of several runs, which are averaged: masks and probabilities before the threshold, and the
+    /// priors of the averaged mask. Together they are shown a run's batch at once, so that they need no more memory
+    /// for it than one does.
+    ///
+    /// # Errors
+    /// As [`Model::open`]; [`Error::Argument`] without runs, or for runs of which not all say the same things of the
+    /// same images.
+    pub fn ensemble(runs: &[&Path], device: Device, images: usize) -> Result<Self> {
+        let Some((first, others)) = runs.split_first() else {
+            return Err(Error::argument("RUN", "expected a run, found none"));
+        };
+        let config = Config::of_run(first)?;
+        for other in others {
+            if let Some((key, ours, theirs)) = config.says_otherwise(&Config::of_run(other)?) {
+                let problem = format!(
+                    "expected {key} = {ours}, as {} has it, to average the two, found {theirs}",
+                    first.display()
+                );
+                return Err(Error::file(other, problem));
+            }
+        }
         let backend = config.backend(device)?;
-        let batch = config.batch.min(images).max(1);
-        let mut model = Self::new(config, batch, &backend)?;
+        let batch = config.batch.min(images) / runs.len();
+        let mut model = Self::new(config, batch.max(1), &backend)?;
+        model.load(0, first)?;
+        for (i, other) in others.iter().enumerate() {
+            let session = model.evaluation.session(&backend)?;
+            model.members.push(Member {
+                session,
+                prior: None,
+            });
+            model.load(1 + i, other)?;
+        }
+        Ok(model)
+    }
+
+    /// Gives a member its weights.
+    fn load(&mut self, member: usize, run: &Path) -> Result<()> {
         let path = run.join(BEST);
         let checkpoint = Checkpoint::read(&path)?;
         let weight = |name: &str, shape| checkpoint.weight(&path, name, shape).map(Cow::Borrowed);
-        model.evaluation.load(&mut *model.session, weight)?;
-        model.prior = prior(|name| {
+        let member = &mut self.members[member];
+        self.evaluation.load(&mut *member.session, weight)?;
+        member.prior = prior(|name| {
             let averaged = format!("{}{name}", weights_prefix(&checkpoint.config));
             let tensor = checkpoint.tensor(&averaged);
             let tensor = tensor.or_else(|| checkpoint.tensor(name))?;
             Some(tensor.data().to_vec())
         });
-        Ok(model)
+        Ok(())
     }
 
-    /// What the run was asked to do.
+    /// What the run was asked to do; the first one's of an ensemble.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -129,10 +238,11 @@ impl Model {
                 )),
             }
         };
-        self.evaluation.load(&mut *self.session, weight)
+        self.evaluation.load(&mut *self.members[0].session, weight)
     }
 
-    /// Shows up to a batch of letterboxed 8-bit images to the network.
+    /// Shows up to a batch of letterboxed 8-bit images to the networks; with [`Config::test_flip`] their mirror images
+    /// too. What is said of one image is averaged over both, and over the networks.
     ///
     /// # Errors
     /// As [`Session::read`].
@@ -140,23 +250,42 @@ impl Model {
     /// # Panics
     /// If there are more images than are shown at once, or one is not S×S.
     pub fn infer(&mut self, images: &[&[u8]]) -> Result<Vec<Inference>> {
-        let pixels = self.config.size * self.config.size;
+        let size = self.config.size;
         assert!(images.len() <= self.batch, "too many images");
-        for (row, image) in self.shown.chunks_exact_mut(pixels).zip(images) {
-            crate::data::augment::unit(image, row);
-        }
-        self.session.write(self.evaluation.images, &self.shown)?;
-        self.session.replay()?;
-        let logits = self.evaluation.logits;
-        let read = |v: Option<Var>| v.map(|v| self.session.read(v)).transpose();
-        let (masks, malignancies) = (read(logits.mask)?, read(logits.malignancy)?);
-        let one = |i: usize| Inference {
-            logits: masks
-                .as_ref()
-                .map(|masks| masks[i * pixels..][..pixels].to_vec()),
-            p: malignancies.as_ref().map(|l| sigmoid(f64::from(l[i]))),
+        // Of each image what each network said of it and of its mirror image.
+        let mut said = vec![vec![Vec::new(); self.members.len()]; images.len()];
+        let sides: &[bool] = match self.config.test_flip {
+            false => &[false],
+            true => &[false, true],
         };
-        Ok((0..images.len()).map(one).collect())
+        for &mirrored in sides {
+            for (square, image) in self.shown.chunks_exact_mut(size * size).zip(images) {
+                crate::data::augment::unit(image, square);
+                if mirrored {
+                    mirror(square, size);
+                }
+            }
+            for (k, member) in self.members.iter_mut().enumerate() {
+                let session = &mut *member.session;
+                session.write(self.evaluation.images, &self.shown)?;
+                session.replay()?;
+                let inferences = read(&self.evaluation, session, images.len(), size)?;
+                for (mut inference, said) in inferences.into_iter().zip(&mut said) {
+                    if let Some(logits) = inference.logits.as_mut().filter(|_| mirrored) {
+                        mirror(logits, size);
+                    }
+                    said[k].push(inference);
+                }
+            }
+        }
+        let together = |networks: Vec<Vec<Inference>>| {
+            let all: Vec<Inference> = networks.into_iter().map(Inference::mean).collect();
+            Inference {
+                disagreement: disagreement(&all),
+                ..Inference::mean(all)
+            }
+        };
+        Ok(said.into_par_iter().map(together).collect())
     }
 
     /// The lesion, its features and its prior, for an image that lies in the network's square as
@@ -168,6 +297,7 @@ impl Model {
             p: inference.p,
             phi: None,
             features: None,
+            disagreement: inference.disagreement,
         };
         let Some(logits) = &inference.logits else {
             return finding;
@@ -182,11 +312,10 @@ impl Model {
         finding.mask = Some(mask.expect("the letterbox knows the image's extent"));
         let sums = MaskSums::of(&of(self.config.loss.kappa), self.config.size);
         finding.features = sums.features();
-        finding.phi = self
-            .prior
-            .as_ref()
-            .zip(finding.features.as_ref())
-            .map(|(prior, features)| prior.phi(features));
+        finding.phi = finding.features.as_ref().and_then(|features| {
+            let phi = |member: &Member| Some(member.prior.as_ref()?.phi(features));
+            mean(&self.members.iter().filter_map(phi).collect::<Vec<_>>())
+        });
         finding
     }
 
@@ -222,6 +351,32 @@ impl Model {
         }
         Ok(results)
     }
+}
+
+/// What a network that has run says of its first `images` images.
+fn read(
+    evaluation: &Evaluation,
+    session: &dyn Session<f32>,
+    images: usize,
+    size: usize,
+) -> Result<Vec<Inference>> {
+    let values = |v: Option<Var>| v.map(|v| session.read(v)).transpose();
+    let logits = evaluation.logits;
+    let (masks, malignancies) = (values(logits.mask)?, values(logits.malignancy)?);
+    let pixels = size * size;
+    let one = |i: usize| Inference {
+        logits: masks
+            .as_ref()
+            .map(|masks| masks[i * pixels..][..pixels].to_vec()),
+        p: malignancies.as_ref().map(|l| sigmoid(f64::from(l[i]))),
+        disagreement: Disagreement::default(),
+    };
+    Ok((0..images).map(one).collect())
+}
+
+/// Left and right of an S×S map change places.
+fn mirror(map: &mut [f32], size: usize) {
+    map.chunks_exact_mut(size).for_each(<[f32]>::reverse);
 }
 
 /// The prior from its tensors by name; `None` if they are absent.

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, Checkpoint, Position};
 use super::config::{Arm, Config, Feature, ModelKind, Precision, PriorStart};
-use super::evaluate::{examine, make_folder, write};
+use super::evaluate::{RESULTS, examine, make_folder, write};
 use super::model::{BEST, CONFIG, LAST};
 use super::step::TrainingStep;
 use super::{Model, Report, pretrained, schedule, select, stop};
@@ -455,7 +455,12 @@ impl<'a> Run<'a> {
     ) -> Result<Self> {
         let step = TrainingStep::record(&config, data.prior.is_some())?;
         let mut session = backend.session(&step.tape)?;
-        let model = Model::new(config.clone(), config.batch, backend)?;
+        // Epochs are chosen without flips: what only tests depend on changes no weights.
+        let upright = Config {
+            test_flip: false,
+            ..config.clone()
+        };
+        let model = Model::new(upright, config.batch, backend)?;
         let pool = Arc::new(data.pool(config.size)?);
         let mut augmenter = None;
         if let Backend::Gpu { gpu, narrow } = backend {
@@ -560,6 +565,11 @@ impl<'a> Run<'a> {
         }
         let path = self.out.join(LAST);
         if !path.is_file() {
+            if is_finished(self.out) {
+                let problem = "expected the checkpoint to go on from, found none: the run is finished, and studies \
+                    and searches then keep the best one alone";
+                return Err(Error::file(path, problem));
+            }
             return Ok(());
         }
         let checkpoint = Checkpoint::read(&path)?;
@@ -834,6 +844,11 @@ impl<'a> Run<'a> {
             validation: write(&folder, source.name(), &rows)?,
         })
     }
+}
+
+/// Whether the training of the run in that folder is over: its validation metrics are the last thing written.
+pub(crate) fn is_finished(run: &Path) -> bool {
+    run.join(VALIDATION).join(RESULTS).is_file()
 }
 
 /// Dice coefficient of the pixels with logit ≥ 0 and those that are at least half lesion. 0 if nothing
