@@ -289,7 +289,7 @@ fn an_ensemble_is_the_mean_of_its_networks_on_targets() {
     let source = echograd::data::open(&data()[1]).unwrap();
     let cases = source.cases();
     let mut models = runs.map(|run| Model::open(&run, Device::Cpu, 1).unwrap());
-    let mut compared = 0;
+    let (mut compared, mut overlap) = (0, 0.0);
     for (row, apart) in of_multitask {
         let i = cases
             .iter()
@@ -333,8 +333,9 @@ fn an_ensemble_is_the_mean_of_its_networks_on_targets() {
             row.image
         );
         compared += 1;
+        overlap += dice;
     }
-    assert!(compared > 8);
+    assert!(compared > 8 && overlap > 0.0);
 
     let statistics = json(&out.join("statistics.json"));
     let [source, target] = [0, 1].map(|set| statistics["datasets"][set].clone());
@@ -731,6 +732,11 @@ fn data_that_changed_are_noticed_before_going_on() {
     write_png(&path("target/masks/03.png"), &whole).unwrap();
     let second = run(None, &out, true).unwrap();
     assert_ne!(dice(&first, 1), dice(&second, 1));
+    let together = |studied: &Studied| {
+        let ensemble = &studied.statistics.datasets[1].ensembles["segmentation"];
+        ensemble.metrics.segmentation.as_ref().unwrap().dice.mean
+    };
+    assert_ne!(together(&first), together(&second));
     assert_eq!(dice(&first, 0), dice(&second, 0));
     fs::write(path("target/masks/03.png"), before).unwrap();
     let third = run(None, &out, true).unwrap();

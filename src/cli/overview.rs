@@ -127,7 +127,8 @@ impl Grid {
 
     /// How many runs are over, and the time left.
     fn progress(&self) -> String {
-        let left = self.left().map(|left| format!(", {} left", span(left)));
+        let left = self.left().filter(|left| left.as_secs() > 0);
+        let left = left.map(|left| format!(", {} left", span(left)));
         format!(
             "{}/{} runs{}",
             self.finished(),

@@ -277,7 +277,7 @@ impl SearchCommand {
         let searched = search::search(&args, &overview, super::interrupt()?)?;
         drop(overview);
         outln!(
-            "{:<16}{:>6}  {:<34}{:>7}{:>7}{:>8}",
+            "{:<16}{:>6}  {:<28}{:>7}{:>7}{:>8}",
             "method",
             "trial",
             "setting",
@@ -292,13 +292,13 @@ impl SearchCommand {
                 key => format!("{key} = {}", trial.value),
             };
             outln!(
-                "{:<16}{:>6}  {setting:<34}{:>7}{:>7}{:>8.4}{}",
+                "{:<16}{:>6}  {setting:<28}{:>7}{:>7}{:>8.4}{}",
                 trial.arm,
                 trial.trial,
                 figure(trial.dice),
                 figure(trial.auc),
                 trial.score,
-                if trial.best { " best so far" } else { "" }
+                if trial.best { " best" } else { "" }
             );
         }
         outln!("choice: {}", display(&self.out, CHOICE));

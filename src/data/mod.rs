@@ -240,7 +240,6 @@ pub fn open_to_test(spec: &str) -> Result<Box<dyn Source>> {
         labels: !path.join("labels.csv").exists(),
         masks: !path.join("masks").exists(),
     };
-    // Without both there is nothing to compare with, and the reader says what it misses.
     match lacks {
         Lacks {
             labels: true,
@@ -250,6 +249,13 @@ pub fn open_to_test(spec: &str) -> Result<Box<dyn Source>> {
             labels: false,
             masks: true,
         } => Ok(Box::new(folder::open_unmasked(path)?)),
+        Lacks {
+            labels: true,
+            masks: true,
+        } if path.is_dir() => {
+            let problem = "expected labels.csv, masks or both to compare with, found neither";
+            Err(Error::file(path, problem))
+        }
         _ => open(spec),
     }
 }

@@ -24,7 +24,7 @@ ul { padding-left: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 .caption { color: var(--soft); margin: 1rem 0 .2rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 6rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 44rem; }
@@ -35,7 +35,7 @@ figcaption { color: var(--soft); font-size: .9rem; max-width: 44rem; }
 .gallery img { width: 100%; height: auto; display: block; border-radius: 4px; background: #000; }
 code { font-size: .9em; }
 @media (max-width: 30rem) { body { padding: 1rem; } th, td { padding-right: .6rem; font-size: .9rem; } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } th, td { padding-right: .5rem; } .plots { grid-template-columns: repeat(2, 1fr); } .gallery { grid-template-columns: repeat(3, 1fr); } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } h2, h2 + p, .caption { break-after: avoid; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } th, td { padding-right: .5rem; } .plots { grid-template-columns: repeat(2, 1fr); } .gallery { grid-template-columns: repeat(3, 1fr); } .scroll { overflow: visible; } figure, .scroll, tr { break-inside: avoid; } h2, h2 + p, .caption { break-after: avoid; } }
 ";
 
 /// A page in the making; [`Page::finish`] gives the HTML.

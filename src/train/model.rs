@@ -68,6 +68,9 @@ impl Inference {
 
 /// How far what several networks said of one image is apart.
 fn disagreement(all: &[Inference]) -> Disagreement {
+    if all.len() < 2 {
+        return Disagreement::default();
+    }
     let p: Vec<f64> = all.iter().filter_map(|one| one.p).collect();
     let inside = |one: &Inference| -> Option<Vec<bool>> {
         let logits = one.logits.as_ref()?;
