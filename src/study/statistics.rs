@@ -17,7 +17,7 @@ use crate::metrics::classification::{
 };
 use crate::metrics::paired::{HodgesLehmann, Wilcoxon, holm, rank_biserial};
 use crate::metrics::statistics::{Summary, Z95, mean, quantile, sample_variance};
-use crate::metrics::{DatasetMetrics, PerImage};
+use crate::metrics::{DatasetMetrics, NormalMetrics, PerImage};
 use crate::train::config::Arm;
 
 /// Results of one run on one data set.
@@ -393,16 +393,23 @@ impl ArmStatistics {
             let cases: Vec<_> = run.rows.iter().filter_map(PerImage::diagnosis).collect();
             Auc::of(&cases).map(|auc| auc.value)
         };
+        let normals = Normals::of(runs);
+        let mut metrics = DatasetMetrics::of(&rows);
+        metrics.normals = normals.as_ref().map(|normals| NormalMetrics {
+            n: normals.n,
+            false_positive_rate: normals.false_positive_rate.mean,
+            false_positive_area: normals.false_positive_area,
+        });
         Some(Self {
             runs: runs.len(),
             strata: strata.summarise(dice),
             dice_by_run: Spread::of(runs.iter().filter_map(|run| of_run(run)).collect()),
             auc_by_run: Spread::of(runs.iter().filter_map(|run| auc_of_run(run)).collect()),
-            normals: Normals::of(runs),
+            normals,
             reliability: reliability(&cases),
             roc: roc(&cases),
             flags: Flags::of(&rows, wrong_diagnosis),
-            metrics: DatasetMetrics::of(&rows),
+            metrics,
         })
     }
 }
