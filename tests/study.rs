@@ -43,6 +43,21 @@ fn plan(arms: &[&str], more: &[(&str, &str)]) -> Protocol {
 }
 
 fn plan_of(source: &str, targets: &[&str], arms: &[&str], more: &[(&str, &str)]) -> Protocol {
+    let overlay = overlay(None, more);
+    Protocol {
+        source: source.to_owned(),
+        targets: targets.iter().map(|target| target.to_string()).collect(),
+        folds: 2,
+        seeds: vec![0],
+        methods: arms
+            .iter()
+            .map(|arm| overlay.method(arm).unwrap())
+            .collect(),
+    }
+}
+
+/// Settings that take no time, and those of a file.
+fn overlay(file: Option<&Path>, more: &[(&str, &str)]) -> Overlay {
     let small = [
         ("preset", "tiny"),
         ("size", "32"),
@@ -56,17 +71,7 @@ fn plan_of(source: &str, targets: &[&str], arms: &[&str], more: &[(&str, &str)])
     let settings: Vec<_> = settings
         .map(|(k, v)| (k.to_string(), v.to_string()))
         .collect();
-    let overlay = Overlay::read(None, &settings).unwrap();
-    Protocol {
-        source: source.to_owned(),
-        targets: targets.iter().map(|target| target.to_string()).collect(),
-        folds: 2,
-        seeds: vec![0],
-        methods: arms
-            .iter()
-            .map(|arm| overlay.method(arm).unwrap())
-            .collect(),
-    }
+    Overlay::read(file, &settings).unwrap()
 }
 
 const ARMS: [&str; 4] = ["segmentation", "classification", "multitask", "consistency"];
@@ -395,7 +400,13 @@ fn methods_that_differ_only_in_how_they_are_tested_share_their_networks() {
     }
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("study");
-    let first = plan(&["multitask"], &[("epochs", "1")]);
+    let path = folder.path().join("methods.toml");
+    let text = "[methods.multitask.loss]\nclassification = 0.3\n\
+                [methods.flipped]\narm = \"multitask\"\ntest_flip = true\n";
+    fs::write(&path, text).unwrap();
+    let overlay = overlay(Some(&path), &[("epochs", "1")]);
+    let mut first = plan(&[], &[]);
+    first.methods.push(overlay.method("multitask").unwrap());
     let go = |plan: Option<&Protocol>, resume: bool| {
         let (trained, out) = (Trained::default(), &out);
         let args = StudyArgs { plan, out, resume };
@@ -405,11 +416,9 @@ fn methods_that_differ_only_in_how_they_are_tested_share_their_networks() {
     let (_, trained) = go(Some(&first), false).unwrap();
     assert_eq!(trained, ["multitask"; 2]);
     // A method is added to the study that is there, and has its networks already.
-    let mut flipped = first.methods[0].clone();
-    flipped.name = "flipped".into();
-    flipped.config.test_flip = true;
     let mut more = first.clone();
-    more.methods.push(flipped);
+    more.methods.push(overlay.method("flipped").unwrap());
+    assert_eq!(more.methods[1].config.loss.classification, 0.3);
     let (studied, trained) = go(Some(&more), true).unwrap();
     assert!(trained.is_empty(), "{trained:?}");
     assert_eq!(studied.plan, more);

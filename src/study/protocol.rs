@@ -157,9 +157,9 @@ impl Overlay {
         Ok(overlay)
     }
 
-    /// The configuration of the method of that name. Later settings win: the preset, the file, the command line, what
-    /// the method's name says, the file's table for it. A method's own word counts more than what is said for all, or
-    /// an ablation would be none under `--set`.
+    /// The configuration of the method of that name. Later settings win: the preset, the file, the command line, the
+    /// file's table for its arm, what the method's name says, the file's table for it. A method's own word counts more
+    /// than what is said for all, or an ablation would be none under `--set`.
     ///
     /// # Errors
     /// [`Error::Argument`] if nothing of that name is known (an arm, an ablation, or a table of the file that names
@@ -176,7 +176,11 @@ impl Overlay {
             let whole = self.methods.get("consistency");
             settings.extend(whole.into_iter().flatten().cloned());
             settings.extend(ablation.settings.iter().map(|(key, value)| set(key, value)));
-        } else if !own.is_some_and(|own| own.iter().any(|(key, _)| key == "arm")) {
+        } else if let Some((_, arm)) = own.and_then(|own| own.iter().find(|(key, _)| key == "arm"))
+        {
+            // What holds for the arm holds for whatever is made of it.
+            settings.extend(self.methods.get(arm).into_iter().flatten().cloned());
+        } else {
             let known: Vec<&str> = ARMS
                 .iter()
                 .map(|(name, _)| *name)
