@@ -529,7 +529,7 @@ mod tests {
             ["training 7/50", "epoch 3/5: loss 1.000, Dice 0.500"]
         );
         let narrow = grid.picture(20, 24);
-        assert_eq!(narrow[0], "method…  1/2  last …");
+        assert_eq!(narrow[0], "metho…  1/2  last 0…");
         assert_eq!(
             [
                 span(Duration::from_secs(89)),
