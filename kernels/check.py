@@ -8,6 +8,7 @@
     python3 kernels/check.py --kernel NAME         # instruction mix of one kernel, as a whole and of each loop
     python3 kernels/check.py --sass NAME           # its machine code between the source lines it comes from
     python3 kernels/check.py --nvrtc LIBNVRTC.so   # the sources through one or more run-time compilers
+    python3 kernels/check.py --install target/nvcc --nvrtc # through the pinned one, installed there by pip
 
 Needs no GPU and nothing beside Python. nvcc is that of --nvcc, ECHOGRAD_NVCC, CUDA_HOME or PATH, with
 nvdisasm beside it, unless --install is given.
@@ -43,6 +44,8 @@ PACKAGES = [
 ]
 # What these call themselves: the table is that of this compiler, read by this disassembler.
 PINNED = ("V13.0.88", "V13.2.51")
+# The oldest run-time compiler that the sources are written for.
+NVRTC = "nvidia-cuda-nvrtc-cu12==12.4.127"
 
 FLAGS = "-std=c++17 -O3 -lineinfo -Xptxas -v -Werror all-warnings -cubin".split()
 ARCHITECTURES = ["80", "90a", "120"]
@@ -124,20 +127,37 @@ def install(folder):
         compiler = None
     if compiler:
         return compiler
-    print(f"installing {' '.join(PACKAGES)} in {folder}", flush=True)
-    made = run([sys.executable, "-m", "venv", "--clear", folder])
-    if made.returncode:
-        raise Problem(f"{folder}: cannot make a virtual environment (python3-venv missing?): {last_line(made)}")
-    command = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    answer = run([*command, "--retries", "2", "--timeout", "20", *PACKAGES])
-    if answer.returncode:
-        errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
-        why = errors[0] if errors else last_line(answer)
-        raise Problem(f"pip could not install the compiler; without a network, give --nvcc PATH instead: {why}")
+    pip_install(folder, PACKAGES)
     compiler = installed()
     if not compiler:
         raise Problem(f"{folder}: installed, but not nvcc and nvdisasm of versions {' and '.join(PINNED)}")
     return compiler
+
+
+def install_nvrtc(folder):
+    """The pinned run-time compiler in a virtual environment of its own under `folder`: its path."""
+    folder = Path(folder).resolve() / NVRTC
+    pattern = "lib/python3*/site-packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.*"
+    if not any(folder.glob(pattern)):
+        pip_install(folder, [NVRTC])
+    found = [path for path in folder.glob(pattern) if ".alt." not in path.name]
+    if not found:
+        raise Problem(f"{folder}: installed, but no libnvrtc")
+    return found[0]
+
+
+def pip_install(folder, packages):
+    """A new virtual environment with these packages."""
+    print(f"installing {' '.join(packages)} in {folder}", flush=True)
+    made = run([sys.executable, "-m", "venv", "--clear", folder])
+    if made.returncode:
+        raise Problem(f"{folder}: cannot make a virtual environment (python3-venv missing?): {last_line(made)}")
+    command = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    answer = run([*command, "--retries", "2", "--timeout", "20", *packages])
+    if answer.returncode:
+        errors = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
+        why = errors[0] if errors else last_line(answer)
+        raise Problem(f"pip could not install it; without a network, give its path instead: {why}")
 
 
 # ---- Compilation ----
@@ -442,6 +462,8 @@ def nvrtc_file(library, source, arches):
         )
         # sm_ and not compute_: the PTX goes through this version's ptxas as well.
         options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--generate-line-info"]
+        # As in src/device/gpu/driver/compile.rs.
+        options.append("--device-as-default-execution-space")
         status = nvrtc.nvrtcCompileProgram(
             program, len(options), (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         )
@@ -497,10 +519,14 @@ def arguments():
     action.add_argument("--table", action="store_true", help="write the table into kernels/README.md")
     action.add_argument("--kernel", metavar="NAME", help="print the instruction mix of one kernel")
     action.add_argument("--sass", metavar="NAME", help="print the machine code of one kernel")
-    action.add_argument("--nvrtc", metavar="LIB", nargs="+", help="compile with these libnvrtc.so instead")
+    action.add_argument(
+        "--nvrtc", metavar="LIB", nargs="*", help="compile with these libnvrtc.so instead, or the one that --install installs"
+    )
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs: expected at least 1, found {args.jobs}")
+    if args.nvrtc is not None and bool(args.nvrtc) == bool(args.install):
+        parser.error("--nvrtc: expected paths, or none and --install DIR")
     return args
 
 
@@ -554,7 +580,7 @@ def check(compiler, args, sources, arches, folder):
 
 def main():
     args = arguments()
-    arches = ALL_ARCHITECTURES if args.all or (args.nvrtc and not args.arch) else ARCHITECTURES
+    arches = ALL_ARCHITECTURES if args.all or (args.nvrtc is not None and not args.arch) else ARCHITECTURES
     if args.arch:
         arches = [word.strip() for word in args.arch.split(",")]
         wrong = [word for word in arches if not re.fullmatch(r"\d{2,3}[af]?", word)]
@@ -565,8 +591,9 @@ def main():
     sources = sorted(KERNELS.glob("*.cu"))
     if args.selftest or args.kernel or args.sass:
         sources += sorted(KERNELS.glob("selftest/*.cu"))
-    if args.nvrtc:
-        return 1 if check_nvrtc(args.nvrtc, sources, arches, args.jobs) else 0
+    if args.nvrtc is not None:
+        libraries = args.nvrtc or [install_nvrtc(args.install)]
+        return 1 if check_nvrtc(libraries, sources, arches, args.jobs) else 0
     compiler = install(args.install) if args.install else find(args.nvcc)
     unknown = [arch for arch in arches if arch.rstrip("af") not in compiler.architectures()]
     if unknown:

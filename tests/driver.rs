@@ -660,6 +660,12 @@ fn doctor_says_what_is_there_and_what_would_run() {
         problem.contains("newer than the driver; one of CUDA 12 is needed"),
         "{problem}"
     );
+    let found = doctor(Run::echograd("driver", &["doctor", "--json"]).with("FAKE_NVRTC", "11080"));
+    let problem = found["nvrtc"]["problem"].as_str().unwrap();
+    assert!(
+        problem.contains("is of CUDA 11.8, older than 12.0; one of CUDA 13 is needed"),
+        "{problem}"
+    );
 
     let mut run = Run::echograd("driver", &["doctor"]).with("ECHOGRAD_EXAMPLE", "a value");
     let output = run.output();

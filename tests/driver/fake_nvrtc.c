@@ -12,7 +12,9 @@ struct Program {
 static int known[] = {75, 80, 86, 90, 100};
 
 API nvrtcVersion(int* major, int* minor) {
-    return *major = 13, *minor = 0, 0;
+    const char* wanted = getenv("FAKE_NVRTC");
+    int version = wanted ? atoi(wanted) : 13000;
+    return *major = version / 1000, *minor = version % 1000 / 10, 0;
 }
 API nvrtcGetNumSupportedArchs(int* count) { return *count = sizeof known / sizeof *known, 0; }
 API nvrtcGetSupportedArchs(int* to) { return memcpy(to, known, sizeof known), 0; }
@@ -29,9 +31,12 @@ API nvrtcCreateProgram(struct Program** program, const char* source, const char*
 }
 API nvrtcCompileProgram(struct Program* program, int count, const char* const* options) {
     const char* arch = NULL;
-    for (int i = 0; i < count; ++i)
+    int on_device = 0;  // without this option a real one refuses generic lambdas
+    for (int i = 0; i < count; ++i) {
         if (!strncmp(options[i], "--gpu-architecture=", 19)) arch = options[i] + 19;
-    if (!arch) return 5;
+        on_device |= !strcmp(options[i], "--device-as-default-execution-space");
+    }
+    if (!arch || !on_device) return 5;
     snprintf(program->code, sizeof program->code, "code for %s", arch);
     return *program->log ? 6 : 0;
 }

@@ -5,7 +5,7 @@
 //! makes is kept in `ECHOGRAD_CACHE` or the user's cache folder; files there may be deleted at any time.
 
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::{env, fs, ptr};
 
@@ -69,6 +69,9 @@ library! {
     ptx = "nvrtcGetPTX": (Program, *mut c_char),
 }
 
+/// Oldest that is used: the first that knows sm_90a.
+const OLDEST: (u32, u32) = (12, 0);
+
 /// How to get it, for whoever has none.
 const HOW: &str = "install it with `pip install nvidia-cuda-nvrtc` and set ECHOGRAD_NVRTC to pip's folder, or \
     build echograd where nvcc is";
@@ -77,21 +80,27 @@ impl Nvrtc {
     /// The first NVRTC that makes code for drivers of CUDA `driver`, or for any.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is none.
+    /// [`crate::Error::Device`] if there is none, or none but too new or too old ones.
     pub(crate) fn find(driver: Option<(u32, u32)>) -> Result<Self> {
-        let mut newer = None;
+        let mut other = None;
         let wanted = env::var_os("ECHOGRAD_NVRTC").filter(|value| !value.is_empty());
         for path in places(wanted.as_ref()) {
             match Self::open(&path) {
-                Some(nvrtc) if driver.is_none_or(|d| nvrtc.version.0 <= d.0) => return Ok(nvrtc),
-                Some(nvrtc) => newer = Some(nvrtc),
+                Some(nvrtc) if driver.is_some_and(|d| nvrtc.version.0 > d.0) => {
+                    other = Some((nvrtc, "newer than the driver".to_owned()));
+                }
+                Some(nvrtc) if nvrtc.version < OLDEST => {
+                    let why = format!("older than {}.{}", OLDEST.0, OLDEST.1);
+                    other = Some((nvrtc, why));
+                }
+                Some(nvrtc) => return Ok(nvrtc),
                 None => {}
             }
         }
         let cuda = driver.map_or(String::new(), |d| format!(" of CUDA {}", d.0));
-        Err(problem(match (newer, wanted) {
-            (Some(nvrtc), _) => format!(
-                "{} is of CUDA {}.{}, newer than the driver; one{cuda} is needed",
+        Err(problem(match (other, wanted) {
+            (Some((nvrtc, why)), _) => format!(
+                "{} is of CUDA {}.{}, {why}; one{cuda} is needed",
                 nvrtc.path.display(),
                 nvrtc.version.0,
                 nvrtc.version.1
@@ -163,6 +172,10 @@ impl Nvrtc {
     /// [`crate::Error::Device`] with the compiler's first error.
     fn compile(&self, source: &Source<'_>, architecture: &str) -> Result<Vec<u8>> {
         let file = format!("kernels/{}.cu", source.name);
+        // It takes seconds, and all files a minute.
+        if std::io::stderr().is_terminal() {
+            eprintln!("compiling {file} for {architecture}");
+        }
         let string = |text: &str| CString::new(text).expect("no zeros in sources");
         let (text, name) = (string(source.text), string(&file));
         let owned = |part: fn(&(&'static str, &'static str)) -> &'static str| {
@@ -234,11 +247,13 @@ unsafe fn text_of(program: Program, size: Size, get: Get) -> Option<Vec<u8>> {
     }
 }
 
-fn options(architecture: &str) -> [String; 3] {
+fn options(architecture: &str) -> [String; 4] {
     [
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".to_owned(),
         "--generate-line-info".to_owned(),
+        // Templates and generic lambdas without `__device__` are taken for the host's, of which it has none.
+        "--device-as-default-execution-space".to_owned(),
     ]
 }
 
