@@ -238,7 +238,9 @@ impl Driver {
 
     fn error(&self, doing: &str, refusal: Refusal) -> Error {
         if !refusal.is_fatal() {
-            return problem(format!("{doing}: {refusal}"));
+            // What is refused after a failure, in a call that was under way, is its consequence.
+            let failure = self.failure.get().cloned();
+            return problem(failure.unwrap_or_else(|| format!("{doing}: {refusal}")));
         }
         let text = self.failure.get_or_init(|| match &*lock(&self.last) {
             Some(last) if self.blocking => format!("the kernel {last} failed: {refusal}"),

@@ -78,9 +78,9 @@ impl Refusal {
         self.0 as u32 == result as u32
     }
 
-    /// Whether a kernel did something that ends all work of this process on the GPU.
+    /// Whether a kernel did something that ends all work of this process on the GPU, or its hardware did.
     pub(super) fn is_fatal(self) -> bool {
-        matches!(self.0 as u32, 214 | 220 | 700 | 702 | 710 | 714..=719)
+        matches!(self.0 as u32, 214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721)
     }
 }
 
