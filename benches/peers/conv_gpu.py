@@ -4,9 +4,10 @@
     python benches/peers/conv_gpu.py step.json [--iterations N]
 
 Every distinct convolution, input gradient and weight gradient of the step, depthwise ones too, is timed with the same
-extents and storage, channels_last. Times are between CUDA events; before each the L2 cache is overwritten, as the
-profile does; the median of `--iterations` after a warm-up. Beside each stands the mean of the profile's times of the
-steps that are that layer; what a step of ours does besides (bias, statistics, activation) is in its time alone.
+extents and storage, channels_last. Times are between CUDA events, the median of `--iterations` after a warm-up, one call
+right behind the other, so that a layer finds its tensors in the L2 cache as far as they fit. Beside each stands the mean
+of the profile's times of the steps that are that layer, which find there what the steps before them left, and no more;
+what a step of ours does besides (bias, statistics, activation) is in its time alone.
 
 `--device cpu` runs the same without a GPU, with times of the wall clock: for trying this out.
 """
@@ -67,7 +68,7 @@ def measure(layer, dtype, device, clock):
             dy, x, w, None, strides, paddings, ones, False, zeros, groups, KINDS[kind]
         )
         assert run()[0 if kind == "input_gradient" else 1].shape == (x if kind == "input_gradient" else w).shape
-    return clock.median(run)
+    return clock.median(run, flush=False)
 
 
 def main():

@@ -9,7 +9,8 @@ features_gpu.py, in f32; clipping by norm, fused AdamW, moving averages of the w
 --step` does. Images and masks stay on the GPU.
 
 Times are between CUDA events, the median of `--iterations` steps after a warm-up, while the host runs ahead. Memory is
-the most that was allocated and reserved, weights and optimizer included. `--device cpu` runs the same without a GPU, with times of the
+the most that was allocated and reserved in the timed steps, weights and optimizer included, and not what the search for the fastest
+algorithms took before. `--device cpu` runs the same without a GPU, with times of the
 wall clock: for trying this out.
 """
 
@@ -215,13 +216,16 @@ def measure(name, batch, args, compiled):
     cuda = args.device == "cuda"
     if cuda:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
     step = Step(name, batch, args.size, args.dtype, args.device, compiled)
     first = step().item()
     for _ in range(min(WARM_UP, args.iterations)):
         step()
     if cuda:
+        # What cuDNN and torch.compile tried out is no need of the network.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(args.iterations + 1)]
         torch.cuda.synchronize()
         events[0].record()
