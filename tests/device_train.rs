@@ -521,7 +521,7 @@ fn traces(run: &Path) -> (Vec<u8>, Vec<String>) {
     let csv = fs::read_to_string(run.join("metrics.csv")).unwrap();
     let rows = csv
         .lines()
-        .map(|line| line.rsplit_once(',').unwrap().0.to_owned());
+        .map(|line| line.rsplitn(3, ',').last().unwrap().to_owned());
     (
         fs::read(run.join("last.safetensors")).unwrap(),
         rows.collect(),

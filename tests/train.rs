@@ -772,12 +772,12 @@ fn message<T>(result: Result<T>) -> String {
     result.err().expect("this must fail").to_string()
 }
 
-/// What a run leaves behind: its checkpoints, and its metrics less the last column, the seconds.
+/// What a run leaves behind: its checkpoints, and its metrics less the last two columns, the seconds.
 fn traces(run: &Path) -> (Vec<u8>, Vec<u8>, Vec<String>) {
     let csv = fs::read_to_string(run.join("metrics.csv")).unwrap();
     let rows = csv
         .lines()
-        .map(|line| line.rsplit_once(',').unwrap().0.to_owned());
+        .map(|line| line.rsplitn(3, ',').last().unwrap().to_owned());
     let read = |name: &str| fs::read(run.join(name)).unwrap();
     (
         read("last.safetensors"),

@@ -154,6 +154,9 @@ pub struct Epoch {
     /// The prior's bias.
     #[serde(default)]
     pub prior_bias: Option<f64>,
+    /// Time that validation took, part of the next; absent in files of earlier versions.
+    #[serde(default)]
+    pub validation_seconds: Option<f64>,
     /// Time that the epoch took.
     pub seconds: f64,
 }
@@ -744,7 +747,10 @@ impl<'a> Run<'a> {
 
     /// Validates, and writes a row of metrics and the checkpoints.
     fn end_epoch(&mut self, started: Instant) -> Result<()> {
+        // What was queued is done, as the last step's results are read.
+        let validating = Instant::now();
         let (dice, auc) = self.validate()?;
+        let validation_seconds = validating.elapsed().as_secs_f64();
         let images = self.data.fold.train.len() as f64;
         let sums = std::mem::take(&mut self.position.sums);
         let means: Vec<f64> = sums.iter().map(|sum| sum / images).collect();
@@ -793,6 +799,7 @@ impl<'a> Run<'a> {
             prior_margin: prior(2),
             prior_roundness: prior(3),
             prior_bias: bias.first().copied(),
+            validation_seconds: Some(validation_seconds),
             seconds: started.elapsed().as_secs_f64(),
         };
         self.report.epoch(&row, self.config.epochs, better);
