@@ -9,7 +9,9 @@ use echograd::metrics::classification::{
     Auc, AucDifference, Confusion, THRESHOLD, brier, expected_calibration_error, reliability, roc,
 };
 use echograd::metrics::segmentation::{Agreement, Mask, SurfaceDistances};
-use echograd::metrics::statistics::{bootstrap_ci95, mean, median, quantile, sample_variance};
+use echograd::metrics::statistics::{
+    bootstrap_ci95, mean, median, quantile, sample_variance, wilson_ci95,
+};
 use echograd::metrics::{DatasetMetrics, PerImage, write_csv, write_json};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -367,7 +369,10 @@ proptest! {
             prop_assert!(there.standard_error <= se(0) + se(1) + 1e-12);
         }
         let same: Vec<_> = cases.iter().map(|&([a, _], y)| ([a, 2.0 * a], y)).collect();
-        prop_assert_eq!(AucDifference::of(&same), None);
+        if let Some(test) = AucDifference::of(&same) {
+            prop_assert_eq!((test.value, test.standard_error, test.z, test.p_value), (0.0, 0.0, 0.0, 1.0));
+            prop_assert_eq!(test.ci95(), None);
+        }
     }
 }
 
@@ -438,7 +443,12 @@ fn one_class_alone_has_no_auc() {
     let lone_positive = Auc::of(&[(0.1, false), (0.9, true), (0.3, false)]).unwrap();
     assert_eq!((lone_positive.value, lone_positive.ci95), (1.0, None));
     let separated = [(0.1, false), (0.3, false), (0.8, true), (0.9, true)];
-    assert_eq!(Auc::of(&separated).unwrap().ci95, Some([1.0, 1.0]));
+    let auc = Auc::of(&separated).unwrap();
+    assert_eq!((auc.standard_error, auc.clusters), (Some(0.0), 2));
+    assert_eq!(auc.ci95, Some(wilson_ci95(1.0, 2.0)));
+    // Scores that separate the classes to either side differ, by what no variance tells.
+    let opposite: Vec<_> = separated.iter().map(|&(s, y)| ([s, -s], y)).collect();
+    assert_eq!(AucDifference::of(&opposite), None);
 }
 
 #[test]
@@ -667,7 +677,7 @@ fn metrics_json_reports_every_part() {
     assert_eq!(classification["n"], 3);
     assert_eq!(
         classification["auc"],
-        json!({"value": 0.5, "standard_error": null, "ci95": null})
+        json!({"value": 0.5, "standard_error": null, "clusters": 1, "ci95": null})
     );
     for (name, value) in [
         ("sensitivity", 1.0),
@@ -693,7 +703,7 @@ fn metrics_json_reports_every_part() {
     let missed = &ours["by_label"]["malignant"]["segmentation"]["dice"];
     assert_eq!(
         missed,
-        &json!({"n": 1, "mean": 0.0, "median": 0.0, "ci95": null})
+        &json!({"n": 1, "clusters": 1, "mean": 0.0, "median": 0.0, "ci95": null})
     );
 }
 

@@ -60,7 +60,7 @@ impl Args {
                     );
                 }
                 if let Some(auc) = &comparison.auc {
-                    let [low, high] = auc.ci95;
+                    let [low, high] = auc.delong.ci95().unwrap_or([f64::NAN; 2]);
                     outln!(
                         "{pair}: AUC {:+.3} ({low:+.3} to {high:+.3}), DeLong p {:.4}",
                         auc.delong.value,

@@ -34,10 +34,10 @@ use serde::{Deserialize, Serialize};
 use crate::data::Label;
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
-use classification::{Auc, Confusion, THRESHOLD, brier, expected_calibration_error};
+use classification::{Auc, Case, Confusion, THRESHOLD, brier, expected_calibration_error};
 use segmentation::Agreement;
 pub use segmentation::Mask;
-use statistics::Summary;
+use statistics::{Summary, share_ci95};
 
 /// What was measured on one image: a row of `per_image.csv`, in the order of its columns. What is absent is an
 /// empty field.
@@ -183,6 +183,23 @@ impl PerImage {
         Some((self.p?, label == Label::Malignant))
     }
 
+    /// The [`diagnosis`](Self::diagnosis) with its patient, and with the fold whose networks made it.
+    pub fn case(&self, fold: usize) -> Option<Case<'_>> {
+        let (score, positive) = self.diagnosis()?;
+        Some(Case {
+            score,
+            positive,
+            patient: self.patient.as_deref(),
+            fold,
+        })
+    }
+
+    /// Whether nothing at all was predicted where there is a lesion; `None` without a lesion or a mask. Both distances are
+    /// the image's diagonal then, and otherwise alike only between lone pixels. Of one prediction, not a mean of several.
+    pub fn predicts_nothing(&self) -> Option<bool> {
+        Some(self.dice? == 0.0 && self.hd95_px? == self.assd_px?)
+    }
+
     /// Fills in what the predicted mask, the true mask and the width of a (square) pixel in millimetres tell.
     ///
     /// # Errors
@@ -265,8 +282,12 @@ pub struct ClassificationMetrics {
     pub auc: Option<Auc>,
     /// Sensitivity at [`THRESHOLD`].
     pub sensitivity: Option<f64>,
+    /// Its 95% interval: [`share_ci95`].
+    pub sensitivity_ci95: Option<[f64; 2]>,
     /// Specificity at [`THRESHOLD`].
     pub specificity: Option<f64>,
+    /// Its 95% interval: [`share_ci95`].
+    pub specificity_ci95: Option<[f64; 2]>,
     /// Precision (positive predictive value) at [`THRESHOLD`].
     pub precision: Option<f64>,
     /// F1 score at [`THRESHOLD`].
@@ -300,8 +321,13 @@ pub struct LabelMetrics {
 }
 
 impl DatasetMetrics {
-    /// Summarises the rows of one data set.
+    /// Summarises the rows of one data set, all of one network or of the same ones.
     pub fn of(rows: &[PerImage]) -> Self {
+        Self::by_fold(rows, |_| 0)
+    }
+
+    /// Summarises the rows of one data set, each of the networks of its fold ([`Case::fold`]).
+    pub fn by_fold(rows: &[PerImage], fold: impl Fn(&PerImage) -> usize) -> Self {
         let all: Vec<&PerImage> = rows.iter().collect();
         let by_label = [Label::Benign, Label::Malignant]
             .into_iter()
@@ -316,7 +342,7 @@ impl DatasetMetrics {
         Self {
             n: rows.len(),
             segmentation: SegmentationMetrics::of(&all),
-            classification: ClassificationMetrics::of(rows),
+            classification: ClassificationMetrics::of(rows, fold),
             normals: NormalMetrics::of(&all),
             by_label: by_label.collect(),
         }
@@ -340,14 +366,24 @@ impl SegmentationMetrics {
 }
 
 impl ClassificationMetrics {
-    fn of(rows: &[PerImage]) -> Option<Self> {
+    fn of(rows: &[PerImage], fold: impl Fn(&PerImage) -> usize) -> Option<Self> {
+        let in_folds = rows.iter().filter_map(|row| row.case(fold(row)));
+        let in_folds: Vec<Case<'_>> = in_folds.collect();
         let cases: Vec<(f64, bool)> = rows.iter().filter_map(PerImage::diagnosis).collect();
+        // Of each class, the share that is decided rightly.
+        let right = |class: bool| {
+            let of_class = in_folds.iter().filter(|case| case.positive == class);
+            let decided = of_class.map(|c| ((c.score >= THRESHOLD) == class, c.patient));
+            share_ci95(&decided.collect::<Vec<_>>())
+        };
         let confusion = Confusion::at(THRESHOLD, &cases);
         (!cases.is_empty()).then(|| Self {
             n: cases.len(),
-            auc: Auc::of(&cases),
+            auc: Auc::of(&in_folds),
             sensitivity: confusion.recall(),
+            sensitivity_ci95: right(true),
             specificity: confusion.specificity(),
+            specificity_ci95: right(false),
             precision: confusion.precision(),
             f1: confusion.f1(),
             brier: brier(&cases),

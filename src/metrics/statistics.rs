@@ -94,11 +94,45 @@ fn clusters(values: &[(f64, Option<&str>)]) -> Vec<(f64, usize)> {
     clusters
 }
 
+/// Wilson's 95% interval (1927) of a proportion that was found among `n`.
+pub fn wilson_ci95(proportion: f64, n: f64) -> [f64; 2] {
+    let square = Z95 * Z95 / n;
+    let centre = proportion + square / 2.0;
+    let spread = (square * (proportion * (1.0 - proportion) + square / 4.0)).sqrt();
+    [centre - spread, centre + spread].map(|end| (end / (1.0 + square)).clamp(0.0, 1.0))
+}
+
+/// Wilson's interval of the share of values that are `true`, each with its patient if known; `None` without values.
+///
+/// Images of one patient count for as many independent ones as give the variance between patients, for all of them
+/// where they are not alike, and for one where all values are the same.
+pub fn share_ci95(values: &[(bool, Option<&str>)]) -> Option<[f64; 2]> {
+    let plain: Vec<(f64, Option<&str>)> = values
+        .iter()
+        .map(|&(value, patient)| (f64::from(u8::from(value)), patient))
+        .collect();
+    let share = mean(&plain.iter().map(|v| v.0).collect::<Vec<_>>())?;
+    let (clusters, n) = (clusters(&plain), values.len() as f64);
+    let groups = clusters.len() as f64;
+    let deviation = |(sum, size): &(f64, usize)| ((sum - share * *size as f64) / n).powi(2);
+    let variance = clusters.iter().map(deviation).sum::<f64>() * groups / (groups - 1.0);
+    let effective = match variance > 0.0 {
+        true => (1.0 + share * (1.0 - share) / variance).min(n),
+        false => groups,
+    };
+    Some(wilson_ci95(share, effective))
+}
+
+/// With fewer clusters than this behind it an interval is a rough one.
+pub const FEW: usize = 20;
+
 /// A metric over images.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Summary {
     /// Number of images that have the metric.
     pub n: usize,
+    /// Number of patients among them, images without a known one counted each.
+    pub clusters: usize,
     /// Mean over images.
     pub mean: f64,
     /// Median over images.
@@ -113,9 +147,41 @@ impl Summary {
         let plain: Vec<f64> = values.iter().map(|v| v.0).collect();
         Some(Self {
             n: plain.len(),
+            clusters: clusters(values).len(),
             mean: mean(&plain)?,
             median: median(&plain)?,
             ci95: bootstrap_ci95(values, RESAMPLES, 0),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wilson_is_as_by_hand_and_patients_count_once() {
+        // 8 of 10: (0.8 + z²/20 ± z √(0.16/10 + z²/400)) / (1 + z²/10) of z = 1.959964.
+        let [low, high] = wilson_ci95(0.8, 10.0);
+        assert!((low - 0.490_162).abs() < 1e-6 && (high - 0.943_318).abs() < 1e-6);
+        assert!((wilson_ci95(1.0, 10.0)[1] - 1.0).abs() < 1e-15);
+
+        let alone: Vec<(bool, Option<&str>)> = (0..10).map(|i| (i < 8, None)).collect();
+        let near = |a: Option<[f64; 2]>, b: [f64; 2]| {
+            let a = a.unwrap();
+            assert!(
+                (a[0] - b[0]).abs() + (a[1] - b[1]).abs() < 1e-12,
+                "{a:?} {b:?}"
+            );
+        };
+        near(share_ci95(&alone), [low, high]);
+        let names: Vec<String> = (0..10).map(|i| i.to_string()).collect();
+        let twice: Vec<_> = (0..20)
+            .map(|i| (i % 10 < 8, Some(names[i % 10].as_str())))
+            .collect();
+        near(share_ci95(&twice), [low, high]);
+        let sure: Vec<_> = twice.iter().map(|&(_, patient)| (true, patient)).collect();
+        near(share_ci95(&sure), wilson_ci95(1.0, 10.0));
+        assert_eq!(share_ci95(&[]), None);
     }
 }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from medpy.metric import binary as medpy
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
-from scipy import ndimage, stats
+from scipy import ndimage, special, stats
 from skimage.metrics import hausdorff_distance
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
@@ -120,7 +120,9 @@ def delong(scores, positive):
         difference, spread = auc[0] - auc[k], np.sqrt(cov[0, 0] + cov[k, k] - 2 * cov[0, k])
         z = difference / spread
         against_first.append([difference, spread, z, 2 * stats.norm.sf(abs(z))])
-    interval = np.clip(np.stack([auc - stats.norm.ppf(0.975) * se, auc + stats.norm.ppf(0.975) * se], 1), 0, 1)
+    # On the logit scale, by the delta method.
+    spread = stats.norm.ppf(0.975) * se / (auc * (1 - auc))
+    interval = special.expit(special.logit(auc)[:, None] + np.stack([-spread, spread], 1))
     return {
         "auc": auc.tolist(),
         "standard_error": se.tolist(),
