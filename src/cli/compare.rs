@@ -51,19 +51,20 @@ impl Args {
                 let place = compared.runs.iter().position(|run| *run == comparison.a);
                 let pair = format!("{} − [1]", number(place.unwrap_or_default()));
                 if let Some(dice) = &comparison.dice {
-                    let [low, high] = dice.difference.ci95.unwrap_or([f64::NAN; 2]);
                     outln!(
-                        "{pair}: Dice {:+.3} ({low:+.3} to {high:+.3}), Wilcoxon p {:.4}, n {}",
+                        "{pair}: Dice {:+.3}{}, Wilcoxon p {:.4}, n {} ({} images)",
                         dice.difference.mean,
+                        interval(dice.difference.ci95),
                         dice.wilcoxon.p_value,
+                        dice.difference.clusters,
                         dice.difference.n
                     );
                 }
                 if let Some(auc) = &comparison.auc {
-                    let [low, high] = auc.delong.ci95().unwrap_or([f64::NAN; 2]);
                     outln!(
-                        "{pair}: AUC {:+.3} ({low:+.3} to {high:+.3}), DeLong p {:.4}",
+                        "{pair}: AUC {:+.3}{}, DeLong p {:.4}",
                         auc.delong.value,
+                        interval(auc.ci95),
                         auc.delong.p_value
                     );
                 }
@@ -71,4 +72,10 @@ impl Args {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn interval(ci95: Option<[f64; 2]>) -> String {
+    ci95.map_or_else(String::new, |[low, high]| {
+        format!(" ({low:+.3} to {high:+.3})")
+    })
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::protocol::{Method, Run};
 use super::statistics::{
-    ArmStatistics, Comparison, DataSetStatistics, Effect, EnsembleStatistics, Flags, Measured,
-    Spread, Statistics, averaged,
+    ArmStatistics, AucComparison, Comparison, DataSetStatistics, Effect, Empty, EnsembleStatistics,
+    Estimate, Flags, Measured, Spread, Statistics, Unit, averaged,
 };
 use super::{Histories, Manifest, Opened, PAGE};
 use crate::data::image::{png_rgb_bytes, write_atomically};
@@ -15,7 +15,7 @@ use crate::data::{self, Label};
 use crate::error::Result;
 use crate::features::ShapeFeatures;
 use crate::metrics::classification::Auc;
-use crate::metrics::statistics::{Summary, mean, quantile};
+use crate::metrics::statistics::{FEW, Summary, mean, quantile};
 use crate::metrics::{Mask, PerImage, SegmentationMetrics};
 use crate::report::plot::{Axis, Plot, rgb, standalone};
 use crate::report::{Page, overlay};
@@ -106,15 +106,44 @@ fn figure(value: Option<f64>) -> String {
     value.map_or("–".into(), |v| format!("{v:.3}"))
 }
 
-fn interval(value: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+/// A figure with its interval, and a mark where few patients or images are behind that.
+fn interval(value: Option<f64>, ci95: Option<[f64; 2]>, clusters: usize) -> String {
+    let few = if clusters < FEW { " †" } else { "" };
     match (value, ci95) {
-        (Some(value), Some([low, high])) => format!("{value:.3} ({low:.3} to {high:.3})"),
+        (Some(value), Some([low, high])) => format!("{value:.3} ({low:.3} to {high:.3}){few}"),
         (value, _) => figure(value),
     }
 }
 
 fn summary(summary: Option<&Summary>) -> String {
-    interval(summary.map(|s| s.mean), summary.and_then(|s| s.ci95))
+    summary.map_or("–".into(), |s| interval(Some(s.mean), s.ci95, s.clusters))
+}
+
+fn auc(auc: Option<Auc>) -> String {
+    auc.map_or("–".into(), |auc| {
+        interval(Some(auc.value), auc.ci95, auc.clusters)
+    })
+}
+
+fn auc_difference(found: Option<&AucComparison>) -> String {
+    found.map_or("–".into(), |found| {
+        let delong = &found.delong;
+        interval(Some(delong.value), found.ci95, delong.clusters)
+    })
+}
+
+fn estimate(found: Option<Estimate>) -> String {
+    found.map_or("–".into(), |e| {
+        interval(Some(e.value), e.ci95, e.clusters)
+    })
+}
+
+/// The number of images, and of patients where those are fewer.
+fn counted(images: usize, clusters: usize) -> String {
+    match clusters < images {
+        true => format!("{clusters} patients, {images} images"),
+        false => format!("{images} images"),
+    }
 }
 
 fn p_value(p: Option<f64>) -> String {
@@ -204,9 +233,17 @@ impl Material<'_> {
             "An image's figures are averaged over the runs tested on it before anything is summarised or compared: \
              every run on a target, the runs that held the image out on the source. An ensemble is all networks of a method, \
              their masks and probabilities averaged before the threshold, on targets only; its probabilities are those \
-             that the method has here anyway, its masks are not. Brackets hold 95% intervals: of \
-             means by a bootstrap that draws whole patients where they are known, of AUCs by DeLong. An empty mask has \
-             Dice 0 and a distance of the image's diagonal. Research software: nothing here is for decisions about patients.",
+             that the method has here anyway, its masks are not. An empty mask has Dice 0 and a distance of the image's \
+             diagonal. Research software: nothing here is for decisions about patients.",
+        );
+        page.paragraph(
+            "Brackets hold 95% intervals. The unit is the patient where some are known to have several images, else the image: \
+             bootstraps of means draw whole patients, tests are of patients' means, DeLong's variances of AUCs are of \
+             patients' sums (Obuchowski), on the logit scale, and Wilson's intervals of sensitivity and specificity count as \
+             many images as are worth independent ones. A dagger (†) marks intervals with fewer than 20 patients or images \
+             behind them, of AUCs of the rarer diagnosis: such intervals are rough, and more often too narrow than too wide. \
+             On the source each image has its p from the networks of one fold; those of different folds have no scale in \
+             common, so AUCs and ROC curves compare images of the same fold there.",
         );
     }
 
@@ -217,10 +254,18 @@ impl Material<'_> {
                 .methods()
                 .filter_map(|(_, method)| Some((method, self.arm(set, method)?)))
                 .collect();
-            let caption = match set.role {
-                "source" => format!("{}, held out: {} images", set.dataset, set.n),
-                _ => format!("{}, never seen: {} images", set.dataset, set.n),
+            let images = match set.unit {
+                Unit::Patient => format!("{} images of {} patients", set.n, set.units),
+                Unit::Image => format!("{} images", set.n),
             };
+            let caption = match set.role {
+                "source" => format!("{}, held out: {images}", set.dataset),
+                _ => format!("{}, never seen: {images}", set.dataset),
+            };
+            let of_masks = format!(
+                "{caption}. Dice and distances: of single networks, averaged; of an ensemble, of its one mask. Empty: masks of \
+                 lesions that outline nothing, over all networks."
+            );
             let masks = arms
                 .iter()
                 .filter_map(|(method, arm)| outlining(&method.name, Masks::of(arm)));
@@ -239,9 +284,10 @@ impl Material<'_> {
                 "Dice of runs",
                 "HD95 px",
                 "ASSD px",
+                "empty",
                 "normals with a lesion",
             ];
-            page.table(&caption, &head, &masks);
+            page.table(&of_masks, &head, &masks);
             let head = [
                 "diagnosing",
                 "AUC",
@@ -252,7 +298,14 @@ impl Material<'_> {
                 "Brier",
                 "ECE",
             ];
-            page.table("", &head, &diagnoses.collect::<Vec<_>>());
+            let averaged = match set.role {
+                "source" => "over the seeds of an image's fold, AUCs within folds",
+                _ => "over folds and seeds, as of one system of all networks",
+            };
+            let of_p = format!(
+                "{caption}. Figures are of p averaged {averaged}; only AUC of runs is of single networks, as Dice is."
+            );
+            page.table(&of_p, &head, &diagnoses.collect::<Vec<_>>());
         }
         self.paper(page);
         self.comparisons(page);
@@ -299,13 +352,17 @@ impl Material<'_> {
             Some(vec![
                 pair(c),
                 set.dataset.clone(),
-                d.difference.n.to_string(),
+                counted(d.difference.n, d.difference.clusters),
                 summary(Some(&d.difference)),
-                interval(Some(d.hodges_lehmann.value), d.hodges_lehmann.ci95),
+                interval(
+                    Some(d.hodges_lehmann.value),
+                    d.hodges_lehmann.ci95,
+                    d.difference.clusters,
+                ),
                 figure(d.rank_biserial),
                 p_value(Some(d.wilcoxon.p_value)),
                 p_value(d.holm),
-                p_value(d.by_patient.map(|w| w.p_value)),
+                differences(d.by_run.as_ref()),
             ])
         };
         let auc = |(set, c): (&DataSetStatistics, &Comparison)| {
@@ -313,9 +370,10 @@ impl Material<'_> {
             Some(vec![
                 pair(c),
                 set.dataset.clone(),
-                interval(Some(a.delong.value), Some(a.ci95)),
+                auc_difference(Some(a)),
                 p_value(Some(a.delong.p_value)),
                 p_value(a.holm),
+                differences(a.by_run.as_ref()),
             ])
         };
         let of_dice: Vec<_> = each(|set| &set.comparisons).filter_map(dice).collect();
@@ -335,13 +393,14 @@ impl Material<'_> {
             "r",
             "p",
             "p, Holm",
-            "p by patient",
+            "by runs",
         ];
         page.section("Is it chance?")
             .table(
-                "Differences of Dice, image by image. Centre: Hodges–Lehmann. r: matched-pairs rank-biserial correlation, 1 if \
-                 every image gains. p: Wilcoxon signed-rank, then corrected by Holm over the data sets, then of differences \
-                 averaged by patient.",
+                "Differences of Dice. Mean: of images. The others are of patients' means where patients have several images, else \
+                 of images. Centre: Hodges–Lehmann. r: matched-pairs rank-biserial correlation, 1 if every one gains. p: Wilcoxon \
+                 signed-rank. By runs: differences of the mean Dice of two runs of a fold and seed, their mean ± standard \
+                 deviation and number.",
                 &head,
                 &of_dice,
             )
@@ -351,9 +410,16 @@ impl Material<'_> {
                 &of_ensembles,
             )
             .table(
-                "Differences of the AUC, by DeLong's test for the same images.",
-                &["difference", "data set", "AUC", "p", "p, Holm"],
+                "Differences of the AUC of the averaged p, by DeLong's test for the same images, clustered by patient. By runs: \
+                 differences of the AUC of two runs of a fold and seed.",
+                &["difference", "data set", "AUC", "p", "p, Holm", "by runs"],
                 &of_auc,
+            )
+            .paragraph(
+                "A family of Holm's correction is one pair of methods and one figure over the targets; different pairs are \
+                 not corrected for each other, and the source is outside, since its held-out parts chose the epochs. p and \
+                 intervals hold for these trained networks and new images or patients, not for new trainings: how large that \
+                 other part is, the spread by runs shows. A difference that single runs do not repeat says nothing about the methods, however small its p.",
             );
     }
 
@@ -362,8 +428,8 @@ impl Material<'_> {
             let effect = effect?;
             Some(vec![
                 format!("{}, {what}", set.dataset),
-                format!("{:+.3}", effect.interference),
-                effect.won_back.map_or("–".into(), |v| format!("{v:+.3}")),
+                estimate(Some(effect.interference)),
+                estimate(effect.won_back),
                 effect
                     .share
                     .map_or("–".into(), |v| format!("{:.0}%", 100.0 * v)),
@@ -380,7 +446,7 @@ impl Material<'_> {
         if !rows.is_empty() {
             page.section("Do the tasks disturb each other?").table(
                 "Interference: multi-task less the task alone; below 0, learning both costs something. Won back: what \
-                 consistency adds to multi-task, also as a share of the loss where there is one.",
+                 consistency adds to multi-task, also as a share of the loss where the interval of that lies below 0.",
                 &["figure", "interference", "won back", "share"],
                 &rows,
             );
@@ -436,14 +502,14 @@ impl Material<'_> {
                     },
                 };
                 let row = |flags: &Flags| {
-                    let auc =
-                        |auc: Option<Auc>| interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95));
                     vec![
                         set.dataset.clone(),
                         name.clone(),
                         format!("{} of {}", flags.wrong, flags.n),
+                        flags.without_shape.to_string(),
                         auc(flags.disagreement_with_prior),
                         auc(flags.ambiguity),
+                        auc_difference(flags.prior_less_ambiguity.as_ref()),
                         auc(flags.disagreement_of_probabilities),
                         auc(flags.disagreement_of_masks),
                     ]
@@ -459,15 +525,18 @@ impl Material<'_> {
             "data set",
             "method",
             "wrong",
+            "no φ",
             "|p − φ|",
             "ambiguity",
+            "|p − φ| less ambiguity",
             "p differs",
             "masks differ",
         ];
         page.section("Can a wrong answer be told?")
             .table(
                 "AUC with which a signal finds wrong diagnoses, among images in which a lesion was outlined: |p − φ|, that the \
-                 mask's shape contradicts p; ambiguity, that p is near 0.5, which any other signal must beat; in ensembles, how \
+                 mask's shape contradicts p; ambiguity, that p is near 0.5, which any other signal must beat, and by how much \
+                 |p − φ| does on the same images (DeLong). No φ: further images, in which none was outlined. In ensembles, how \
                  far the networks' p are apart, and how little their masks overlap.",
                 &head,
                 &diagnoses,
@@ -498,7 +567,7 @@ impl Material<'_> {
             ),
             (
                 "Telling malignant from benign",
-                "ROC curves, and how often lesions given a probability are malignant; points right below the diagonal are overconfident.",
+                "ROC curves, on the source the mean of the folds' curves, and how often lesions given a probability are malignant; points right below the diagonal are overconfident.",
                 [
                     per_set(&|_, set| self.roc(set)),
                     per_set(&|_, set| self.calibration(set)),
@@ -944,6 +1013,7 @@ fn together(method: &str) -> String {
 struct Masks<'a> {
     found: Option<&'a SegmentationMetrics>,
     by_run: Option<&'a Spread>,
+    empty: Empty,
     /// Share of images without a lesion in which one was outlined.
     false_positives: Option<f64>,
 }
@@ -954,6 +1024,7 @@ impl<'a> Masks<'a> {
         Self {
             found: arm.metrics.segmentation.as_ref(),
             by_run: arm.dice_by_run.as_ref(),
+            empty: arm.empty,
             false_positives: normals.map(|n| n.false_positive_rate.mean),
         }
     }
@@ -963,6 +1034,7 @@ impl<'a> Masks<'a> {
         Self {
             found: ensemble.metrics.segmentation.as_ref(),
             by_run: None,
+            empty: ensemble.empty,
             false_positives: normals.map(|n| n.false_positive_rate),
         }
     }
@@ -980,6 +1052,7 @@ fn outlining(name: &str, masks: Masks<'_>) -> Option<Vec<String>> {
             spread(masks.by_run),
             one(found.map(|s| s.hd95_px.mean)),
             one(found.map(|s| s.assd_px.mean)),
+            format!("{} of {}", masks.empty.empty, masks.empty.of),
             figure(masks.false_positives),
         ]
     })
@@ -990,10 +1063,10 @@ fn diagnosing(method: &Method, arm: &ArmStatistics) -> Option<Vec<String>> {
     let found = arm.metrics.classification.as_ref()?;
     Some(vec![
         method.name.clone(),
-        interval(found.auc.map(|a| a.value), found.auc.and_then(|a| a.ci95)),
+        auc(found.auc),
         spread(arm.auc_by_run.as_ref()),
-        figure(found.sensitivity),
-        figure(found.specificity),
+        share(found.sensitivity, found.sensitivity_ci95),
+        share(found.specificity, found.specificity_ci95),
         figure(found.f1),
         figure(found.brier),
         figure(found.ece),
@@ -1005,6 +1078,18 @@ fn spread(runs: Option<&Spread>) -> String {
         Some(sd) => format!("{:.3} ± {sd:.3}", runs.mean),
         None => format!("{:.3}", runs.mean),
     })
+}
+
+/// Paired differences of runs.
+fn differences(runs: Option<&Spread>) -> String {
+    runs.map_or("–".into(), |runs| {
+        format!("{} ({})", spread(Some(runs)), runs.runs.len())
+    })
+}
+
+/// A share with Wilson's interval, which holds for few images too.
+fn share(value: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+    interval(value, ci95, usize::MAX)
 }
 
 fn two(value: Option<f64>) -> String {

@@ -2,7 +2,13 @@
 //!
 //! Each method is trained several times, on folds and with seeds. An image's metrics are averaged over the runs that
 //! were tested on it, which makes one number for each image and method; those are summarised and compared. Comparisons
-//! take only runs that both methods have. How much single runs scatter is reported beside it.
+//! take only runs that both methods have. How much single runs scatter is reported beside it: what is tested are the
+//! networks at hand on new images, and not the methods in new trainings.
+//!
+//! Images of one patient are not independent. Where patients have several, tests of Dice and their effect sizes are of
+//! patients' means, bootstraps draw whole patients, and variances of AUCs are of patients' sums. On the source each image
+//! is scored by the networks of its own fold alone, whose scores have no scale in common with those of the other folds:
+//! AUCs and ROC curves compare images within folds there.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -11,12 +17,11 @@ use serde::Serialize;
 use super::Missing;
 use super::ensemble::Ensemble;
 use super::protocol::{DataSet, Method, Protocol, Run};
-use crate::data::Label;
 use crate::metrics::classification::{
-    Auc, AucDifference, Reliability, THRESHOLD, reliability, roc,
+    Auc, AucDifference, Case, Reliability, THRESHOLD, reliability, roc,
 };
 use crate::metrics::paired::{HodgesLehmann, Wilcoxon, holm, rank_biserial};
-use crate::metrics::statistics::{Summary, Z95, mean, quantile, sample_variance};
+use crate::metrics::statistics::{Summary, mean, quantile, sample_variance};
 use crate::metrics::{DatasetMetrics, NormalMetrics, PerImage};
 use crate::train::config::Arm;
 
@@ -51,6 +56,10 @@ pub struct DataSetStatistics {
     pub role: &'static str,
     /// Number of images.
     pub n: usize,
+    /// What is independent: what tests count, and intervals draw.
+    pub unit: Unit,
+    /// Number of patients, where any has several images, images without a known one counted each; else of images.
+    pub units: usize,
     /// Each method alone.
     pub arms: BTreeMap<String, ArmStatistics>,
     /// Pairs of methods.
@@ -64,11 +73,23 @@ pub struct DataSetStatistics {
     pub ensemble_comparisons: Vec<Comparison>,
 }
 
+/// What is independent in a data set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    /// Images: no patient is known to have two.
+    Image,
+    /// Patients: some have several images.
+    Patient,
+}
+
 /// One method on one data set.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct ArmStatistics {
     /// Runs that were tested.
     pub runs: usize,
+    /// Predictions of lesions by single networks that outline nothing.
+    pub empty: Empty,
     /// Metrics of images, averaged over runs.
     pub metrics: DatasetMetrics,
     /// Dice within parts of the data: `benign`, `malignant`, and thirds by the lesion's share of the image, `small`,
@@ -82,10 +103,30 @@ pub struct ArmStatistics {
     pub normals: Option<Normals>,
     /// Reliability diagram of the probabilities of malignancy.
     pub reliability: Vec<Reliability>,
-    /// ROC curve, `[1 − specificity, sensitivity]`.
+    /// ROC curve, `[1 − specificity, sensitivity]`; on the source the mean of the folds' curves.
     pub roc: Option<Vec<[f64; 2]>>,
     /// How well signals that a user could see tell wrong diagnoses.
     pub flags: Option<Flags>,
+}
+
+/// How many predicted masks of lesions are empty.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Empty {
+    /// Number of empty masks, whose Dice is 0.
+    pub empty: usize,
+    /// Number of masks.
+    pub of: usize,
+}
+
+impl Empty {
+    fn among<'a>(rows: impl Iterator<Item = &'a PerImage>) -> Self {
+        let (mut empty, mut of) = (0, 0);
+        for nothing in rows.filter_map(PerImage::predicts_nothing) {
+            empty += usize::from(nothing);
+            of += 1;
+        }
+        Self { empty, of }
+    }
 }
 
 /// The networks of one method together on one target.
@@ -93,6 +134,8 @@ pub struct ArmStatistics {
 pub struct EnsembleStatistics {
     /// Number of networks.
     pub models: usize,
+    /// Lesions in which they outline nothing.
+    pub empty: Empty,
     /// Metrics of their averaged masks and probabilities. The probabilities are those of the method, whose images are
     /// averaged over the same runs.
     pub metrics: DatasetMetrics,
@@ -137,10 +180,14 @@ pub struct Flags {
     pub wrong: usize,
     /// Number of images.
     pub n: usize,
+    /// Number of further images, left out since no mask of theirs has a shape, and so no φ.
+    pub without_shape: usize,
     /// `|p − φ|`: the mask's shape contradicts the diagnosis.
     pub disagreement_with_prior: Option<Auc>,
     /// `0.5 − |p − 0.5|`: the probability itself is undecided. What any other flag must beat.
     pub ambiguity: Option<Auc>,
+    /// The AUC of the first less that of the second, on the same images.
+    pub prior_less_ambiguity: Option<AucComparison>,
     /// Standard deviation of `p` over the networks of an ensemble.
     pub disagreement_of_probabilities: Option<Auc>,
     /// 1 less the mean Dice of each two masks of an ensemble.
@@ -165,19 +212,19 @@ pub struct Comparison {
 /// Difference of Dice of the same images.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct DiceDifference {
-    /// Mean, median and bootstrap interval of the mean, clustered by patient where patients are known.
+    /// Mean and median over images, and bootstrap interval of the mean, clustered by patient where patients are known.
     pub difference: Summary,
-    /// The centre of the differences.
+    /// The centre of the differences, averaged by patient; like the next two.
     pub hodges_lehmann: HodgesLehmann,
-    /// Effect size; absent if no image differs.
+    /// Effect size; absent if nothing differs.
     pub rank_biserial: Option<f64>,
     /// The test.
     pub wilcoxon: Wilcoxon,
-    /// The test's p-value, corrected by Holm over the data sets.
+    /// The test's p-value, corrected by Holm over the targets; absent on the source, which chose the epochs.
     pub holm: Option<f64>,
-    /// The test of differences averaged by patient, since images of one patient are not independent; absent
-    /// where every image has a patient of its own, or none is known.
-    pub by_patient: Option<Wilcoxon>,
+    /// Differences of the mean Dice of two runs of a fold and seed: how much trainings scatter, which no test here knows
+    /// of. Absent where not runs but ensembles are compared.
+    pub by_run: Option<Spread>,
     /// Mean differences within the strata of [`ArmStatistics::strata`].
     pub strata: BTreeMap<&'static str, Summary>,
 }
@@ -187,10 +234,24 @@ pub struct DiceDifference {
 pub struct AucComparison {
     /// DeLong's test.
     pub delong: AucDifference,
-    /// 95% interval of the difference.
-    pub ci95: [f64; 2],
-    /// The test's p-value, corrected by Holm over the data sets.
+    /// 95% interval of the difference; absent if the two order all images alike.
+    pub ci95: Option<[f64; 2]>,
+    /// The test's p-value, corrected by Holm over the targets; absent on the source, which chose the epochs.
     pub holm: Option<f64>,
+    /// Differences of the AUC of two runs of a fold and seed, as in [`DiceDifference::by_run`].
+    pub by_run: Option<Spread>,
+}
+
+impl AucComparison {
+    fn of(cases: &[Case<'_, [f64; 2]>]) -> Option<Self> {
+        let delong = AucDifference::of(cases)?;
+        Some(Self {
+            ci95: delong.ci95(),
+            delong,
+            holm: None,
+            by_run: None,
+        })
+    }
 }
 
 /// Interference of the two tasks. Negative: training them together costs something.
@@ -206,11 +267,23 @@ pub struct Interference {
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 pub struct Effect {
     /// Multi-task less the task alone.
-    pub interference: f64,
+    pub interference: Estimate,
     /// Multi-task with consistency less without; absent if there is no such arm.
-    pub won_back: Option<f64>,
-    /// `won_back / −interference` where there is something to win back: 1 if consistency makes up for it.
+    pub won_back: Option<Estimate>,
+    /// `won_back / −interference`, 1 if consistency makes up for it; absent unless the interval of `interference` lies
+    /// below 0, since where nothing is surely lost there is no share to win back.
     pub share: Option<f64>,
+}
+
+/// A difference of two methods, as [`Comparison`] has it.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Estimate {
+    /// The difference.
+    pub value: f64,
+    /// Its 95% interval: by bootstrap of Dice, DeLong's of an AUC.
+    pub ci95: Option<[f64; 2]>,
+    /// Number of patients or images behind the interval, as in [`Summary::clusters`] and [`Auc::clusters`].
+    pub clusters: usize,
 }
 
 /// Images of one method on one data set, averaged over runs, by name.
@@ -233,7 +306,14 @@ impl Statistics {
                 let ensembles = ensembles.iter().filter(|e| e.set == index);
                 let ensembles: BTreeMap<&str, &Ensemble> =
                     ensembles.map(|e| (e.arm.as_str(), e)).collect();
-                let strata = Strata::of(set);
+                let strata = match index {
+                    0 => Strata::of(set).in_folds(&measured),
+                    _ => Strata::of(set),
+                };
+                let comparisons: Vec<Comparison> = pairs(&arms)
+                    .filter_map(|(a, b)| Comparison::of(&measured, a, b, &strata))
+                    .collect();
+                let (unit, units) = unit(&measured);
                 let of_arm = |method: &&Method| {
                     let runs: Vec<&Measured> = of(&measured, &method.name).collect();
                     let statistics = ArmStatistics::of(&runs, &strata)?;
@@ -243,11 +323,11 @@ impl Statistics {
                     dataset: set.name.clone(),
                     role: if index == 0 { "source" } else { "target" },
                     n: set.images.len(),
+                    unit,
+                    units,
                     arms: arms.iter().filter_map(of_arm).collect(),
-                    comparisons: pairs(&arms)
-                        .filter_map(|(a, b)| Comparison::of(&measured, a, b, &strata))
-                        .collect(),
-                    interference: Interference::of(&measured, &arms),
+                    interference: Interference::of(&comparisons),
+                    comparisons,
                     ensemble_comparisons: Comparison::of_ensembles(
                         &measured, &ensembles, &arms, &strata,
                     ),
@@ -259,10 +339,16 @@ impl Statistics {
             })
             .collect();
         correct(&mut datasets);
-        let not_computed = sets
-            .iter()
-            .zip(&datasets)
-            .flat_map(|(set, found)| absent(set, found));
+        let not_computed =
+            sets.iter()
+                .zip(&datasets)
+                .enumerate()
+                .flat_map(|(index, (set, found))| {
+                    let of_set = measured.iter().filter(|m| m.set == index);
+                    let mut missing = absent(set, found);
+                    missing.extend(untested(set, found, &of_set.collect::<Vec<_>>(), &arms));
+                    missing
+                });
         let alone = arms.iter().filter(|method| {
             let runs: BTreeSet<&Run> = measured.iter().map(|m| &m.run).collect();
             let mut of_method = runs.iter().filter(|run| run.arm == method.name);
@@ -302,6 +388,21 @@ fn pairs<'a>(methods: &'a [&Method]) -> impl Iterator<Item = (&'a Method, &'a Me
     pairs.into_iter()
 }
 
+/// What is independent among the images of some runs, and how many there are.
+fn unit(measured: &[&Measured]) -> (Unit, usize) {
+    let rows = measured.iter().flat_map(|m| &m.rows);
+    let images: BTreeMap<&str, Option<&str>> = rows
+        .map(|row| (row.image.as_str(), row.patient.as_deref()))
+        .collect();
+    let patients: BTreeSet<&str> = images.values().copied().flatten().collect();
+    let unknown = images.values().filter(|patient| patient.is_none()).count();
+    let units = patients.len() + unknown;
+    match units < images.len() {
+        true => (Unit::Patient, units),
+        false => (Unit::Image, units),
+    }
+}
+
 fn arm_name(arm: Arm) -> &'static str {
     let known = super::protocol::ARMS
         .iter()
@@ -329,6 +430,8 @@ pub(super) fn averaged<'a>(all: impl IntoIterator<Item = &'a PerImage>) -> Image
 #[derive(Default)]
 pub(super) struct Strata {
     third: HashMap<String, &'static str>,
+    /// The fold that held an image out; empty where every network is tested on every image.
+    fold: HashMap<String, usize>,
 }
 
 impl Strata {
@@ -352,7 +455,36 @@ impl Strata {
             .map(|(name, share)| ((*name).to_owned(), third(*share)));
         Self {
             third: named.collect(),
+            fold: HashMap::new(),
         }
+    }
+
+    /// The same, on the source: each lesion was held out by the fold whose runs were tested on it.
+    fn in_folds(self, measured: &[&Measured]) -> Self {
+        let lesions = |m: &&Measured| {
+            let fold = m.run.fold;
+            let lesions = m.rows.iter().filter(|row| row.diagnosis().is_some());
+            let lesions = lesions.map(move |row| (row.image.clone(), fold));
+            lesions.collect::<Vec<_>>()
+        };
+        Self {
+            fold: measured.iter().flat_map(lesions).collect(),
+            ..self
+        }
+    }
+
+    fn case<'a, S>(&self, row: &'a PerImage, score: S, positive: bool) -> Case<'a, S> {
+        Case {
+            score,
+            positive,
+            patient: row.patient.as_deref(),
+            fold: self.fold(row),
+        }
+    }
+
+    /// [`Case::fold`] of an image.
+    fn fold(&self, row: &PerImage) -> usize {
+        self.fold.get(&row.image).copied().unwrap_or_default()
     }
 
     fn summarise<'a>(
@@ -384,17 +516,13 @@ impl ArmStatistics {
         let images = images(runs.iter().copied());
         let rows: Vec<PerImage> = images.values().cloned().collect();
         let cases: Vec<(f64, bool)> = rows.iter().filter_map(PerImage::diagnosis).collect();
+        let in_folds: Vec<Case<'_>> = rows
+            .iter()
+            .filter_map(|row| row.case(strata.fold(row)))
+            .collect();
         let dice = rows.iter().filter_map(|row| Some((row, row.dice?)));
-        let of_run = |run: &Measured| {
-            let dice: Vec<f64> = run.rows.iter().filter_map(|row| row.dice).collect();
-            mean(&dice)
-        };
-        let auc_of_run = |run: &Measured| {
-            let cases: Vec<_> = run.rows.iter().filter_map(PerImage::diagnosis).collect();
-            Auc::of(&cases).map(|auc| auc.value)
-        };
         let normals = Normals::of(runs);
-        let mut metrics = DatasetMetrics::of(&rows);
+        let mut metrics = DatasetMetrics::by_fold(&rows, |row| strata.fold(row));
         metrics.normals = normals.as_ref().map(|normals| NormalMetrics {
             n: normals.n,
             false_positive_rate: normals.false_positive_rate.mean,
@@ -402,15 +530,34 @@ impl ArmStatistics {
         });
         Some(Self {
             runs: runs.len(),
+            empty: Empty::among(runs.iter().flat_map(|run| &run.rows)),
             strata: strata.summarise(dice),
-            dice_by_run: Spread::of(runs.iter().filter_map(|run| of_run(run)).collect()),
-            auc_by_run: Spread::of(runs.iter().filter_map(|run| auc_of_run(run)).collect()),
+            dice_by_run: Spread::of(runs.iter().filter_map(|run| run.dice()).collect()),
+            auc_by_run: Spread::of(runs.iter().filter_map(|run| run.auc()).collect()),
             normals,
             reliability: reliability(&cases),
-            roc: roc(&cases),
-            flags: Flags::of(&rows, wrong_diagnosis),
+            roc: roc(&in_folds),
+            flags: Flags::of(&rows, strata, wrong_diagnosis),
             metrics,
         })
+    }
+}
+
+impl Measured {
+    /// Mean Dice.
+    fn dice(&self) -> Option<f64> {
+        mean(
+            &self
+                .rows
+                .iter()
+                .filter_map(|row| row.dice)
+                .collect::<Vec<_>>(),
+        )
+    }
+
+    fn auc(&self) -> Option<f64> {
+        let cases: Vec<_> = self.rows.iter().filter_map(PerImage::diagnosis).collect();
+        Auc::of(&cases).map(|auc| auc.value)
     }
 }
 
@@ -455,9 +602,10 @@ impl EnsembleStatistics {
         let dice = rows.iter().filter_map(|row| Some((row, row.dice?)));
         Self {
             models: ensemble.members.len(),
+            empty: Empty::among(rows.iter()),
             strata: strata.summarise(dice),
-            wrong_diagnoses: Flags::of(rows, wrong_diagnosis),
-            bad_masks: Flags::of(rows, |row| Some(row.dice? < BAD_DICE)),
+            wrong_diagnoses: Flags::of(rows, strata, wrong_diagnosis),
+            bad_masks: Flags::of(rows, strata, |row| Some(row.dice? < BAD_DICE)),
             metrics: DatasetMetrics::of(rows),
         }
     }
@@ -470,26 +618,40 @@ fn wrong_diagnosis(row: &PerImage) -> Option<bool> {
 }
 
 impl Flags {
-    fn of(rows: &[PerImage], wrong: impl Fn(&PerImage) -> Option<bool>) -> Option<Self> {
+    fn of(
+        rows: &[PerImage],
+        strata: &Strata,
+        wrong: impl Fn(&PerImage) -> Option<bool>,
+    ) -> Option<Self> {
         let masks = rows.iter().any(|row| row.irregularity.is_some());
-        let measurable = |row: &&PerImage| row.irregularity.is_some() || !masks;
-        let cases: Vec<(&PerImage, bool)> = rows
+        let answered: Vec<(&PerImage, bool)> = rows
             .iter()
-            .filter(measurable)
             .filter_map(|row| Some((row, wrong(row)?)))
+            .collect();
+        let cases: Vec<(&PerImage, bool)> = answered
+            .iter()
+            .filter(|(row, _)| row.irregularity.is_some() || !masks)
+            .copied()
             .collect();
         let auc = |signal: &dyn Fn(&PerImage) -> Option<f64>| {
             let signals = cases.iter();
-            let signals: Vec<_> = signals
-                .filter_map(|&(row, wrong)| Some((signal(row)?, wrong)))
-                .collect();
-            Auc::of(&signals)
+            let signals =
+                signals.filter_map(|&(row, wrong)| Some(strata.case(row, signal(row)?, wrong)));
+            Auc::of(&signals.collect::<Vec<_>>())
         };
+        let prior = |row: &PerImage| Some((row.p? - row.phi?).abs());
+        let ambiguity = |row: &PerImage| Some(0.5 - (row.p? - 0.5).abs());
+        let both = cases.iter().filter_map(|&(row, wrong)| {
+            let signals = [prior(row)?, ambiguity(row)?];
+            Some(strata.case(row, signals, wrong))
+        });
         (!cases.is_empty()).then(|| Self {
             wrong: cases.iter().filter(|(_, wrong)| *wrong).count(),
             n: cases.len(),
-            disagreement_with_prior: auc(&|row| Some((row.p? - row.phi?).abs())),
-            ambiguity: auc(&|row| Some(0.5 - (row.p? - 0.5).abs())),
+            without_shape: answered.len() - cases.len(),
+            disagreement_with_prior: auc(&prior),
+            ambiguity: auc(&ambiguity),
+            prior_less_ambiguity: AucComparison::of(&both.collect::<Vec<_>>()),
             disagreement_of_probabilities: auc(&|row| row.disagreement.p_sd),
             disagreement_of_masks: auc(&|row| Some(1.0 - row.disagreement.mask_agreement?)),
         })
@@ -498,9 +660,28 @@ impl Flags {
 
 impl Comparison {
     fn of(measured: &[&Measured], a: &Method, b: &Method, strata: &Strata) -> Option<Self> {
-        let (a_images, b_images, runs) = in_common(measured, &a.name, &b.name)?;
+        let runs = in_common(measured, &a.name, &b.name);
+        if runs.is_empty() {
+            return None;
+        }
+        let a_images = images(runs.iter().map(|(a, _)| *a));
+        let b_images = images(runs.iter().map(|(_, b)| *b));
         let names = [&a.name, &b.name].map(String::clone);
-        Self::between(names, &a_images, &b_images, runs, strata)
+        let mut found = Self::between(names, &a_images, &b_images, runs.len(), strata)?;
+        let differences = |figure: fn(&Measured) -> Option<f64>| {
+            let each = runs.iter();
+            Spread::of(
+                each.filter_map(|(a, b)| Some(figure(a)? - figure(b)?))
+                    .collect(),
+            )
+        };
+        if let Some(dice) = &mut found.dice {
+            dice.by_run = differences(Measured::dice);
+        }
+        if let Some(auc) = &mut found.auc {
+            auc.by_run = differences(Measured::auc);
+        }
+        Some(found)
     }
 
     /// Each ensemble against the mean of its networks, and the pairs of [`pairs`] whose ensembles are of the same
@@ -545,17 +726,14 @@ impl Comparison {
             .iter()
             .filter_map(|(name, a)| Some((a, b_images.get(name)?)))
             .collect();
-        let cases: Vec<([f64; 2], bool)> = both
+        let cases: Vec<Case<'_, [f64; 2]>> = both
             .iter()
             .filter_map(|(a, b)| {
-                Some(([a.diagnosis()?.0, b.p?], a.label == Some(Label::Malignant)))
+                let (p, malignant) = a.diagnosis()?;
+                Some(strata.case(a, [p, b.p?], malignant))
             })
             .collect();
-        let auc = AucDifference::of(&cases).map(|delong| AucComparison {
-            ci95: [-Z95, Z95].map(|z| delong.value + z * delong.standard_error),
-            delong,
-            holm: None,
-        });
+        let auc = AucComparison::of(&cases);
         let dice = DiceDifference::of(&both, strata);
         (dice.is_some() || auc.is_some()).then_some(Self {
             a,
@@ -567,19 +745,14 @@ impl Comparison {
     }
 }
 
-/// The images of two methods over the runs, by fold and seed, that both have, and the number of those.
-fn in_common(measured: &[&Measured], a: &str, b: &str) -> Option<(Images, Images, usize)> {
-    let keys = |arm: &str| -> BTreeSet<(usize, u64)> {
-        of(measured, arm)
-            .map(|m| (m.run.fold, m.run.seed))
-            .collect()
-    };
-    let common: BTreeSet<_> = keys(a).intersection(&keys(b)).copied().collect();
-    let images = |arm: &str| {
-        let runs = of(measured, arm);
-        images(runs.filter(|m| common.contains(&(m.run.fold, m.run.seed))))
-    };
-    (!common.is_empty()).then(|| (images(a), images(b), common.len()))
+/// The runs of two methods, by fold and seed, that both have.
+fn in_common<'a>(measured: &[&'a Measured], a: &str, b: &str) -> Vec<(&'a Measured, &'a Measured)> {
+    let mut pairs = Vec::new();
+    for one in of(measured, a) {
+        let same = |m: &&Measured| (m.run.fold, m.run.seed) == (one.run.fold, one.run.seed);
+        pairs.extend(of(measured, b).find(same).map(|other| (one, other)));
+    }
+    pairs
 }
 
 impl DiceDifference {
@@ -588,25 +761,25 @@ impl DiceDifference {
             .iter()
             .filter_map(|(a, b)| Some((*a, a.dice? - b.dice?)))
             .collect();
-        let differences: Vec<f64> = paired.iter().map(|(_, d)| *d).collect();
         let with_patient: Vec<(f64, Option<&str>)> = paired
             .iter()
             .map(|(row, d)| (*d, row.patient.as_deref()))
             .collect();
+        let differences = by_patient(&with_patient);
         Some(Self {
             difference: Summary::of(&with_patient)?,
             hodges_lehmann: HodgesLehmann::of(&differences)?,
             rank_biserial: rank_biserial(&differences),
             wilcoxon: Wilcoxon::of(&differences),
             holm: None,
-            by_patient: by_patient(&with_patient).map(|means| Wilcoxon::of(&means)),
+            by_run: None,
             strata: strata.summarise(paired.into_iter()),
         })
     }
 }
 
-/// Means by patient; values without a patient stand for themselves. `None` if that changes nothing.
-fn by_patient(values: &[(f64, Option<&str>)]) -> Option<Vec<f64>> {
+/// Means by patient; values without a patient stand for themselves.
+fn by_patient(values: &[(f64, Option<&str>)]) -> Vec<f64> {
     let mut patients: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     let mut means = Vec::new();
     for (value, patient) in values {
@@ -616,52 +789,93 @@ fn by_patient(values: &[(f64, Option<&str>)]) -> Option<Vec<f64>> {
         }
     }
     means.extend(patients.values().filter_map(|values| mean(values)));
-    (means.len() < values.len()).then_some(means)
+    means
 }
 
 impl Interference {
-    fn of(measured: &[&Measured], methods: &[&Method]) -> Option<Self> {
-        let has = |arm: Arm| methods.iter().any(|m| m.name == arm_name(arm));
-        if !has(Arm::Multitask) {
-            return None;
-        }
-        let difference = |a: Arm, b: Arm, figure: &dyn Fn(&[&PerImage]) -> Option<f64>| {
-            let (a, b, _) = in_common(measured, arm_name(a), arm_name(b))?;
-            let of = |images: &Images, others: &Images| {
-                let rows = images.iter().filter(|(name, _)| others.contains_key(*name));
-                figure(&rows.map(|(_, row)| row).collect::<Vec<_>>())
-            };
-            Some(of(&a, &b)? - of(&b, &a)?)
-        };
-        let dice =
-            |rows: &[&PerImage]| mean(&rows.iter().filter_map(|row| row.dice).collect::<Vec<_>>());
-        let auc = |rows: &[&PerImage]| {
-            let cases: Vec<_> = rows.iter().filter_map(|row| row.diagnosis()).collect();
-            Auc::of(&cases).map(|auc| auc.value)
-        };
-        let effect = |alone: Arm, figure: &dyn Fn(&[&PerImage]) -> Option<f64>| {
-            let interference = difference(Arm::Multitask, alone, figure)?;
-            let won_back = difference(Arm::Consistency, Arm::Multitask, figure);
-            Some(Effect {
-                interference,
-                won_back,
-                share: won_back
-                    .filter(|_| interference < 0.0)
-                    .map(|won| won / -interference),
-            })
-        };
+    fn of(comparisons: &[Comparison]) -> Option<Self> {
         let found = Self {
-            dice: effect(Arm::Segmentation, &dice),
-            auc: effect(Arm::Classification, &auc),
+            dice: Effect::of(Arm::Segmentation, |a, b| {
+                difference(comparisons, a, b, Estimate::of_dice)
+            }),
+            auc: Effect::of(Arm::Classification, |a, b| {
+                difference(comparisons, a, b, Estimate::of_auc)
+            }),
         };
         (found.dice.is_some() || found.auc.is_some()).then_some(found)
     }
 }
 
-/// Corrects each pair's tests over the data sets.
+/// The difference of two arms, whichever of them is first in the comparison.
+fn difference(
+    comparisons: &[Comparison],
+    a: Arm,
+    b: Arm,
+    of: fn(&Comparison) -> Option<Estimate>,
+) -> Option<Estimate> {
+    let find = |a: Arm, b: Arm| {
+        let mut all = comparisons.iter();
+        all.find(|c| (&*c.a, &*c.b) == (arm_name(a), arm_name(b)))
+    };
+    match find(a, b) {
+        Some(there) => of(there),
+        None => Some(of(find(b, a)?)?.turned()),
+    }
+}
+
+impl Estimate {
+    fn of_dice(comparison: &Comparison) -> Option<Self> {
+        let Summary {
+            mean,
+            ci95,
+            clusters,
+            ..
+        } = comparison.dice.as_ref()?.difference;
+        Some(Self {
+            value: mean,
+            ci95,
+            clusters,
+        })
+    }
+
+    fn of_auc(comparison: &Comparison) -> Option<Self> {
+        let AucComparison { delong, ci95, .. } = comparison.auc.as_ref()?;
+        Some(Self {
+            value: delong.value,
+            ci95: *ci95,
+            clusters: delong.clusters,
+        })
+    }
+
+    /// The same with the two methods exchanged.
+    fn turned(self) -> Self {
+        Self {
+            value: -self.value,
+            ci95: self.ci95.map(|[low, high]| [-high, -low]),
+            ..self
+        }
+    }
+}
+
+impl Effect {
+    fn of(alone: Arm, difference: impl Fn(Arm, Arm) -> Option<Estimate>) -> Option<Self> {
+        let interference = difference(Arm::Multitask, alone)?;
+        let won_back = difference(Arm::Consistency, Arm::Multitask);
+        let lost = interference.ci95.is_some_and(|[_, high]| high < 0.0);
+        Some(Self {
+            interference,
+            won_back,
+            share: won_back
+                .filter(|_| lost)
+                .map(|won| won.value / -interference.value),
+        })
+    }
+}
+
+/// Corrects each pair's tests over the targets. The source is none of the family: its held-out parts chose the epochs.
 fn correct(datasets: &mut [DataSetStatistics]) {
     let mut pairs: BTreeMap<(String, String), Vec<&mut Comparison>> = BTreeMap::new();
-    for set in datasets {
+    for set in datasets.iter_mut().filter(|set| set.role == "target") {
         let all = set.comparisons.iter_mut();
         for c in all.chain(&mut set.ensemble_comparisons) {
             pairs.entry((c.a.clone(), c.b.clone())).or_default().push(c);
@@ -685,6 +899,74 @@ fn correct(datasets: &mut [DataSetStatistics]) {
             }
         }
     }
+}
+
+/// Intervals and tests of AUCs that a data set cannot give.
+fn untested(
+    set: &DataSet,
+    found: &DataSetStatistics,
+    measured: &[&Measured],
+    methods: &[&Method],
+) -> Vec<Missing> {
+    let auc = |arm: &str| found.arms.get(arm)?.metrics.classification.as_ref()?.auc;
+    let missing = |what: String, reason: &str| Missing {
+        what: format!("{}: {what}", found.dataset),
+        reason: reason.to_owned(),
+    };
+    let [benign, malignant, _] = set.cases;
+    let (unit, folds) = match (found.unit, found.role) {
+        (Unit::Image, "source") => ("images", " in every fold"),
+        (Unit::Image, _) => ("images", ""),
+        (Unit::Patient, "source") => ("patients", " in every fold"),
+        (Unit::Patient, _) => ("patients", ""),
+    };
+    let mut untested = Vec::new();
+    let few = |arm: &str| auc(arm).is_some_and(|auc| auc.standard_error.is_none());
+    let with_few = methods.iter().filter(|method| few(&method.name));
+    let with_few: Vec<&str> = with_few.map(|method| method.name.as_str()).collect();
+    if !with_few.is_empty() {
+        let reason = format!(
+            "{benign} benign and {malignant} malignant lesions, and it needs two {unit} of each{folds}"
+        );
+        let what = format!("interval and tests of the AUC of {}", with_few.join(", "));
+        untested.push(missing(what, &reason));
+    }
+    for method in methods {
+        if let Some(auc) = auc(&method.name).filter(|auc| auc.standard_error == Some(0.0)) {
+            let reason = format!(
+                "its scores separate the classes or are all alike, which shows no variance; Wilson's interval of {} {unit} \
+                 stands in",
+                auc.clusters
+            );
+            let what = format!("DeLong's interval of the AUC of {}", method.name);
+            untested.push(missing(what, &reason));
+        }
+    }
+    for (a, b) in pairs(methods) {
+        let tested = |arm: &str| auc(arm).is_some_and(|auc| auc.standard_error.is_some());
+        if !tested(&a.name) || !tested(&b.name) {
+            continue;
+        }
+        let mut comparisons = found.comparisons.iter();
+        let comparison = comparisons.find(|c| c.a == a.name && c.b == b.name);
+        let pair = format!("{} − {}", a.name, b.name);
+        match comparison.and_then(|c| c.auc.as_ref()) {
+            Some(auc) if auc.ci95.is_none() => untested.push(missing(
+                format!("interval of the difference of AUCs, {pair}"),
+                "the two order all pairs of images alike; p is 1",
+            )),
+            Some(_) => {}
+            None if in_common(measured, &a.name, &b.name).is_empty() => untested.push(missing(
+                format!("tests of {pair}"),
+                "they have no fold and seed in common",
+            )),
+            None => untested.push(missing(
+                format!("test of the difference of AUCs, {pair}"),
+                "the runs that both have show no variance of the difference",
+            )),
+        }
+    }
+    untested
 }
 
 /// What a data set cannot tell.
@@ -716,4 +998,119 @@ fn absent(set: &DataSet, found: &DataSetStatistics) -> Vec<Missing> {
         absent.push(missing("false positives on normals", reason));
     }
     absent
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Label;
+
+    /// An image of a patient, whose method has these figures.
+    fn row(image: &str, patient: &str, malignant: bool, dice: f64, p: f64) -> PerImage {
+        let label = if malignant {
+            Label::Malignant
+        } else {
+            Label::Benign
+        };
+        let patient = Some(patient.to_owned()).filter(|patient| !patient.is_empty());
+        let mut row = PerImage::new("set", image, patient, label);
+        (row.dice, row.p) = (Some(dice), Some(p));
+        row
+    }
+
+    fn compare(a: &[PerImage], b: &[PerImage], strata: &Strata) -> Comparison {
+        let names = ["a", "b"].map(str::to_owned);
+        Comparison::between(names, &averaged(a), &averaged(b), 1, strata).unwrap()
+    }
+
+    /// Seven patients; the images of each gain or lose together.
+    fn images(repeats: usize, known: bool) -> [Vec<PerImage>; 2] {
+        let gains = [2.0, 4.0, -1.0, 3.0, 6.0, 5.0, 1.0].map(|gain| gain / 16.0);
+        let mut rows = [Vec::new(), Vec::new()];
+        for (i, gain) in gains.into_iter().enumerate() {
+            let patient = if known {
+                format!("p{i}")
+            } else {
+                String::new()
+            };
+            for k in 0..repeats {
+                let image = format!("{i}-{k}");
+                let malignant = i % 2 == 1;
+                let p = |step: usize| ((i * step) % 7) as f64 / 7.0 + 0.01 * k as f64;
+                rows[0].push(row(&image, &patient, malignant, 0.5 + gain, p(3)));
+                rows[1].push(row(&image, &patient, malignant, 0.5, p(2)));
+            }
+        }
+        rows
+    }
+
+    #[test]
+    fn patients_are_what_is_tested() {
+        let strata = Strata::default();
+        let of = |repeats: usize, known: bool| {
+            let [a, b] = images(repeats, known);
+            compare(&a, &b, &strata).dice.unwrap()
+        };
+        let (once, thrice, unknown) = (of(1, true), of(3, true), of(3, false));
+        // Without repeats a patient is an image.
+        assert_eq!(once, of(1, false));
+        // Of 2⁷ choices of signs three have a sum of 0 or 1.5 of their negative ranks, and three of their positive ones.
+        let test = once.wilcoxon;
+        assert_eq!((test.n, test.positive, test.negative), (7, 26.5, 1.5));
+        assert_eq!(test.p_value, 6.0 / 128.0);
+        assert_eq!((thrice.wilcoxon.n, thrice.difference.n), (7, 21));
+        assert!((thrice.wilcoxon.p_value - once.wilcoxon.p_value).abs() < 1e-12);
+        assert!((thrice.hodges_lehmann.value - once.hodges_lehmann.value).abs() < 1e-12);
+        let [ours, theirs] = [&thrice, &once].map(|d| d.hodges_lehmann.ci95.unwrap());
+        assert!((ours[0] - theirs[0]).abs() + (ours[1] - theirs[1]).abs() < 1e-12);
+        assert_eq!(thrice.difference.clusters, 7);
+        assert!(unknown.wilcoxon.n == 21 && unknown.wilcoxon.p_value < once.wilcoxon.p_value);
+    }
+
+    /// Two networks that each separate the classes of their own fold, on scales of their own.
+    #[test]
+    fn folds_of_the_source_are_not_pooled() {
+        let [mut rows, mut others] = [Vec::new(), Vec::new()];
+        let mut strata = Strata::default();
+        for i in 0..16_usize {
+            let (fold, malignant) = (i % 2, i / 2 % 2 == 1);
+            let p = 0.6 * fold as f64 + if malignant { 0.3 } else { 0.0 } + 0.005 * i as f64;
+            let image = i.to_string();
+            rows.push(row(&image, "", malignant, 0.5, p));
+            others.push(row(&image, "", malignant, 0.5, (i * 5 % 16) as f64 / 16.0));
+            strata.fold.insert(image, fold);
+        }
+        let within = DatasetMetrics::by_fold(&rows, |row| strata.fold(row));
+        let within = within.classification.unwrap().auc.unwrap();
+        let pooled = DatasetMetrics::of(&rows)
+            .classification
+            .unwrap()
+            .auc
+            .unwrap();
+        assert_eq!((within.value, pooled.value), (1.0, 0.75));
+        let both = compare(&rows, &others, &strata).auc.unwrap();
+        let alone = DatasetMetrics::by_fold(&others, |row| strata.fold(row));
+        let alone = alone.classification.unwrap().auc.unwrap();
+        assert!((both.delong.value - (1.0 - alone.value)).abs() < 1e-12);
+        assert!((both.delong.standard_error - alone.standard_error.unwrap()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_share_is_won_back_only_of_what_is_surely_lost() {
+        let estimate = |value: f64, high: f64| Estimate {
+            value,
+            ci95: Some([2.0 * value - high, high]),
+            clusters: 30,
+        };
+        let effect = |lost: Estimate| {
+            let of = |a: Arm, _: Arm| match a {
+                Arm::Multitask => Some(lost),
+                _ => Some(estimate(0.02, 0.05)),
+            };
+            Effect::of(Arm::Segmentation, of).unwrap()
+        };
+        assert_eq!(effect(estimate(-0.04, -0.01)).share, Some(0.5));
+        assert_eq!(effect(estimate(-0.04, 0.01)).share, None);
+        assert_eq!(effect(estimate(0.04, 0.06)).share, None);
+    }
 }
