@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::{Protocol, Run};
-use super::{NORMALS, Opened, Watch, normals, remove};
+use super::{Missing, NORMALS, Opened, Watch, normals, or_missing, remove};
 use crate::error::Result;
 use crate::metrics::{Disagreement, PerImage, read_csv, write_csv};
 use crate::train::evaluate::{RESULTS, examine, make_folder, write};
@@ -49,7 +49,8 @@ pub(super) fn folder(study: &Path, arm: &str) -> PathBuf {
 /// Name of the file with the columns of [`Members`] and [`Disagreement`] in the folder of a target.
 const DISAGREEMENT: &str = "disagreement.csv";
 
-/// The ensembles of all methods, tested as far as they are not yet; `done` are the runs that there are.
+/// The ensembles of all methods, tested as far as they are not yet, and what could not be tested; `done` are the runs
+/// that there are.
 pub(super) fn all(
     plan: &Protocol,
     done: &[Run],
@@ -57,8 +58,8 @@ pub(super) fn all(
     sets: &[Opened],
     watch: &dyn Watch,
     interrupt: &AtomicBool,
-) -> Result<Vec<Ensemble>> {
-    let mut ensembles = Vec::new();
+) -> Result<(Vec<Ensemble>, Vec<Missing>)> {
+    let (mut ensembles, mut missing) = (Vec::new(), Vec::new());
     for method in &plan.methods {
         let runs: Vec<&Run> = done.iter().filter(|run| run.arm == method.name).collect();
         if runs.len() < 2 {
@@ -83,7 +84,11 @@ pub(super) fn all(
                         none.insert(Model::ensemble(&runs_at, method.config.device, usize::MAX)?)
                     }
                 };
-                let rows = examine(model, &*opened.source, &opened.subset, watch, interrupt)?;
+                let rows = examine(model, &*opened.source, &opened.subset, watch, interrupt);
+                let what = format!("{}, ensemble", method.name);
+                let Some(rows) = or_missing(rows, &what, set, opened, watch, &mut missing)? else {
+                    continue;
+                };
                 make_folder(&folder)?;
                 remove(&folder.join(RESULTS))?;
                 write_csv(&folder.join(NORMALS), &normals(&rows))?;
@@ -105,7 +110,7 @@ pub(super) fn all(
             });
         }
     }
-    Ok(ensembles)
+    Ok((ensembles, missing))
 }
 
 /// Whether the folder of a target holds the results of these networks: a run that failed may have succeeded since.

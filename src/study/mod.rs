@@ -46,7 +46,7 @@ use crate::train::model::{BEST, CONFIG, LAST};
 use crate::train::run::{self, Epoch, METRICS, TrainArgs, VALIDATION, is_finished, train};
 use crate::train::{Config, Model, Report, select, stop};
 use ensemble::ENSEMBLES;
-use protocol::{DataSet, Protocol, Run, names};
+use protocol::{DataSet, Method, Protocol, Run, names};
 use statistics::{Measured, Statistics};
 
 /// Name of the plan.
@@ -150,7 +150,7 @@ pub struct Studied {
     pub plan: Protocol,
     /// The statistics.
     pub statistics: Statistics,
-    /// Whether a run that could have been computed failed.
+    /// Whether a run, or a test of one, that could have been computed failed.
     pub failed: bool,
 }
 
@@ -169,10 +169,14 @@ pub(crate) struct Opened {
 /// [`Error::Argument`] for a plan or data that cannot be used at all, a target that shares images with the source, or
 /// an `out` that already holds something; [`Error::File`] for files that cannot be read or written, and for a source
 /// that is not what the study began with; [`Error::Device`]; [`Error::Interrupted`], after saving. A run that fails
-/// otherwise is reported, and the others go on; if none succeeds, its error is returned.
+/// otherwise is reported, and the others go on; if none succeeds, its error is returned. Nor does a target end a study
+/// that cannot be read when networks are tested on it: what it would have told is missing.
 pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Studied> {
     let plan = plan(args)?;
     let sets = open(&plan, watch, interrupt)?;
+    for set in &sets {
+        fits(set, &plan.methods)?;
+    }
     apart(&sets)?;
     let folds = folds(&plan, &sets[0])?;
     make_folder(args.out)?;
@@ -194,6 +198,7 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     let runs = plan.runs();
     watch.begin(&plan, &runs);
     let (mut done, mut first_error) = (Vec::new(), None);
+    let mut untested = Vec::new();
     for run in &runs {
         stop(interrupt)?;
         let skip = |reason: String, missing: &mut Vec<Missing>| {
@@ -208,7 +213,10 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
             continue;
         }
         match one(&plan, run, args.out, &sets, watch, interrupt) {
-            Ok(()) => done.push(run.clone()),
+            Ok(missing) => {
+                untested.extend(missing);
+                done.push(run.clone());
+            }
             // What stops one run stops them all, or is for the user to decide.
             Err(error @ (Error::Interrupted | Error::File { .. } | Error::Device { .. })) => {
                 return Err(error);
@@ -228,7 +236,10 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         }));
     }
     let measured = measured(args.out, &done, &sets)?;
-    let ensembles = ensemble::all(&plan, &done, args.out, &sets, watch, interrupt)?;
+    let (ensembles, missing) = ensemble::all(&plan, &done, args.out, &sets, watch, interrupt)?;
+    untested.extend(missing);
+    let failed = first_error.is_some() || !untested.is_empty();
+    manifest.not_computed.extend(untested);
     let descriptions: Vec<&DataSet> = sets.iter().map(|set| &set.description).collect();
     let mut statistics = Statistics::of(&plan, &measured, &ensembles, &descriptions);
     manifest
@@ -251,7 +262,7 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     Ok(Studied {
         plan,
         statistics,
-        failed: first_error.is_some(),
+        failed,
     })
 }
 
@@ -338,6 +349,23 @@ fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Ve
     let all = specs.len() as u64;
     watch.progress("opening data", all, all, "");
     opened
+}
+
+/// Refuses a data set that methods cannot read at their size.
+pub(crate) fn fits(set: &Opened, methods: &[Method]) -> Result<()> {
+    let Some(size) = set.source.letterboxed() else {
+        return Ok(());
+    };
+    match methods.iter().find(|method| method.config.size != size) {
+        None => Ok(()),
+        Some(Method { name, config }) => Err(Error::argument(
+            &set.description.data,
+            format!(
+                "expected a pack of size {}, which {name} has, found one of size {size}",
+                config.size
+            ),
+        )),
+    }
 }
 
 /// Refuses targets that hold images of the source: a network would be tested on what it was trained on.
@@ -436,7 +464,7 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Trains and tests one run, as far as it is not done.
+/// Trains and tests one run, as far as it is not done. Returns what it could not be tested on.
 fn one(
     plan: &Protocol,
     run: &Run,
@@ -444,7 +472,7 @@ fn one(
     sets: &[Opened],
     watch: &dyn Watch,
     interrupt: &AtomicBool,
-) -> Result<()> {
+) -> Result<Vec<Missing>> {
     let folder = run.folder(out);
     let trainer = plan.training(run);
     let of_trainer = trainer.folder(out);
@@ -454,7 +482,7 @@ fn one(
         watch.state(run, &State::Testing(sets[0].name.clone()));
         take_over(&of_trainer, &folder, &config, &sets[0], watch, interrupt)?;
     }
-    let mut model = None;
+    let (mut model, mut missing) = (None, Vec::new());
     for (i, set) in sets.iter().enumerate() {
         let folder = folder.join(&set.name);
         if folder.join(RESULTS).is_file() {
@@ -469,7 +497,10 @@ fn one(
             0 => unseen(set, &run.folder(out))?,
             _ => set.subset.clone(),
         };
-        let rows = examine(model, &*set.source, &subset, watch, interrupt)?;
+        let rows = examine(model, &*set.source, &subset, watch, interrupt);
+        let Some(rows) = or_missing(rows, &run.to_string(), i, set, watch, &mut missing)? else {
+            continue;
+        };
         make_folder(&folder)?;
         write_csv(&folder.join(NORMALS), &normals(&rows))?;
         write(&folder, &set.name, &rows)?;
@@ -480,7 +511,32 @@ fn one(
     let auc = crate::metrics::classification::Auc::of(&diagnoses);
     let dice = crate::metrics::statistics::mean(&dice);
     watch.state(run, &State::Done(dice, auc.map(|auc| auc.value)));
-    Ok(())
+    Ok(missing)
+}
+
+/// What was found on data set number `i`, or for a target that could not be tested on the reason, which is added to
+/// `missing`.
+fn or_missing(
+    rows: Result<Vec<PerImage>>,
+    what: &str,
+    i: usize,
+    set: &Opened,
+    watch: &dyn Watch,
+    missing: &mut Vec<Missing>,
+) -> Result<Option<Vec<PerImage>>> {
+    match rows {
+        Ok(rows) => Ok(Some(rows)),
+        // Training needs the source too, and a device that fails will fail again.
+        Err(error @ (Error::Interrupted | Error::Device { .. })) => Err(error),
+        Err(error) if i == 0 => Err(error),
+        Err(error) => {
+            let what = format!("{what} on {}", set.name);
+            let reason = error.to_string();
+            watch.line(&format!("{what}: not computed: {reason}"));
+            missing.push(Missing { what, reason });
+            Ok(None)
+        }
+    }
 }
 
 /// Trains the run in `folder` from where it stands, unless that is over. Its last checkpoint goes, since a finished run
@@ -597,6 +653,10 @@ fn measured(out: &Path, runs: &[Run], sets: &[Opened]) -> Result<Vec<Measured>> 
     let mut measured = Vec::new();
     for run in runs {
         for (set, opened) in sets.iter().enumerate() {
+            let results = run.folder(out).join(&opened.name).join(RESULTS);
+            if !results.is_file() {
+                continue;
+            }
             measured.push(Measured {
                 run: run.clone(),
                 set,

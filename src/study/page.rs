@@ -904,6 +904,10 @@ impl Material<'_> {
                 else {
                     continue;
                 };
+                // It may have gone since it was tested.
+                if set.source.image(i).and(set.source.mask(i)).is_err() {
+                    continue;
+                }
                 let mut outlines = vec![(Mask::from(&set.source.mask(i)?), TRUTH)];
                 let mut figures = Vec::new();
                 for (colour, method, model) in &mut models {

@@ -377,10 +377,11 @@ pub struct DataSet {
 }
 
 impl DataSet {
-    /// Describes an opened data set; `subset` are the cases used.
+    /// Describes an opened data set; `subset` are the cases used. Every image is decoded, since opening reads headers
+    /// alone, and a damaged file should not show after hours of training.
     ///
     /// # Errors
-    /// [`Error::File`] for the first mask that cannot be read.
+    /// [`Error::File`] for the first image or mask that cannot be read.
     pub fn of(
         name: &str,
         data: &str,
@@ -393,6 +394,7 @@ impl DataSet {
             .par_iter()
             .map(|&i| {
                 let case = &cases[i];
+                source.image(i)?;
                 let mut hash = Sha256::new();
                 let known = (case.label.as_str(), &case.patient, case.pixel_mm);
                 hash.update(format!("{} {known:?}\n", case.sha256));
