@@ -9,7 +9,7 @@ use crate::study::compare::compare;
 /// Set runs side by side: settings that differ, results on the same data
 ///
 /// Takes the results in the runs' folders: validation, and those of `evaluate RUN --out RUN/NAME`, by their folders'
-/// names. Differences are of each later run to the first, on the images that both have.
+/// names. Differences are of each later run to the first, on the images that both have: those of the same bytes.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Folders of runs
@@ -47,35 +47,50 @@ impl Args {
                 .filter_map(|(name, metrics)| Some((name.as_str(), metrics.as_ref()?)))
                 .collect();
             super::print(format_args!("{}", metrics_table(&rows)))?;
+            let pair = |run: &String| {
+                let place = compared.runs.iter().position(|other| other == run);
+                format!("{} − [1]", number(place.unwrap_or_default()))
+            };
             for comparison in &results.comparisons {
-                let place = compared.runs.iter().position(|run| *run == comparison.a);
-                let pair = format!("{} − [1]", number(place.unwrap_or_default()));
+                let pair = pair(&comparison.a);
                 if let Some(dice) = &comparison.dice {
                     outln!(
-                        "{pair}: Dice {:+.3}{}, Wilcoxon p {:.4}, n {} ({} images)",
-                        dice.difference.mean,
-                        interval(dice.difference.ci95),
-                        dice.wilcoxon.p_value,
+                        "{pair}: Dice {}, Wilcoxon p {}, n {} ({} images)",
+                        difference(dice.difference.mean, dice.difference.ci95),
+                        p_value(dice.wilcoxon.p_value),
                         dice.difference.clusters,
                         dice.difference.n
                     );
                 }
                 if let Some(auc) = &comparison.auc {
                     outln!(
-                        "{pair}: AUC {:+.3}{}, DeLong p {:.4}",
-                        auc.delong.value,
-                        interval(auc.ci95),
-                        auc.delong.p_value
+                        "{pair}: AUC {}, DeLong p {}",
+                        difference(auc.delong.value, auc.ci95),
+                        p_value(auc.delong.p_value)
                     );
                 }
+            }
+            for missing in &results.not_compared {
+                outln!("{}: {}", pair(&missing.what), missing.reason);
             }
         }
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn interval(ci95: Option<[f64; 2]>) -> String {
-    ci95.map_or_else(String::new, |[low, high]| {
-        format!(" ({low:+.3} to {high:+.3})")
-    })
+/// A difference with its interval, each a dash where there is none.
+fn difference(value: f64, ci95: Option<[f64; 2]>) -> String {
+    let signed = |v: f64| match v.is_nan() {
+        true => "–".to_owned(),
+        false => format!("{v:+.3}"),
+    };
+    let [low, high] = ci95.unwrap_or([f64::NAN; 2]).map(signed);
+    format!("{} ({low} to {high})", signed(value))
+}
+
+fn p_value(p: f64) -> String {
+    match p.is_nan() {
+        true => "–".to_owned(),
+        false => format!("{p:.4}"),
+    }
 }

@@ -95,7 +95,7 @@ pub(super) fn all(
                 let apart = |row: &PerImage| (members.clone(), row.disagreement);
                 let apart: Vec<_> = rows.iter().map(apart).collect();
                 write_csv(&folder.join(DISAGREEMENT), &apart)?;
-                write(&folder, &opened.name, &rows)?;
+                write(&folder, &opened.name, opened.source.cases(), &rows)?;
             }
             let mut rows = super::rows(&own, &opened.name)?;
             let apart: Vec<Disagreement> = read_csv(&folder.join(DISAGREEMENT))?;

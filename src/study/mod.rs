@@ -503,7 +503,7 @@ fn one(
         };
         make_folder(&folder)?;
         write_csv(&folder.join(NORMALS), &normals(&rows))?;
-        write(&folder, &set.name, &rows)?;
+        write(&folder, &set.name, set.source.cases(), &rows)?;
     }
     let rows = rows(&folder, &sets[0].name)?;
     let dice: Vec<f64> = rows.iter().filter_map(|row| row.dice).collect();
@@ -598,7 +598,7 @@ fn take_over(
     let rows = examine(&mut model, &*source.source, &subset, watch, interrupt)?;
     let folder = folder.join(VALIDATION);
     make_folder(&folder)?;
-    write(&folder, source.source.name(), &rows).map(drop)
+    write(&folder, source.source.name(), cases, &rows).map(drop)
 }
 
 /// The source's images that a run was not trained on: its held-out part, and those without a lesion.

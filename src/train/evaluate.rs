@@ -1,15 +1,18 @@
 //! A run's best network against a data set, at every image's own resolution.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use super::config::Device;
-use super::run::{MANIFEST, Manifest};
+use super::run::{Image, MANIFEST, Manifest};
 use super::{Model, Report, select, stop};
-use crate::data::{self, Source};
+use crate::data::{self, Case, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage, write_csv, write_json};
+
+/// Name of the file that says by their hashes what images the rows of `per_image.csv` are of.
+pub(crate) const IMAGES: &str = "images.csv";
 
 /// Name of the metrics, the last file that is written of the results on a data set.
 pub(crate) const RESULTS: &str = "metrics.json";
@@ -21,7 +24,7 @@ pub struct EvaluateArgs<'a> {
     pub run: &'a Path,
     /// The data set, `NAME:PATH`.
     pub data: &'a str,
-    /// Folder for `metrics.json` and `per_image.csv`.
+    /// Folder for `metrics.json`, `per_image.csv` and `images.csv`.
     pub out: &'a Path,
     /// Leave out all but one of identical images.
     pub drop_duplicates: bool,
@@ -42,7 +45,7 @@ pub struct Evaluated {
     pub trained_on: usize,
 }
 
-/// Evaluates, and writes `metrics.json` and `per_image.csv`.
+/// Evaluates, and writes `metrics.json`, `per_image.csv` and, with the SHA-256 of every image, `images.csv`.
 ///
 /// # Errors
 /// [`Error::File`] if the run, the data or the results cannot be read or written;
@@ -74,7 +77,7 @@ pub fn evaluate(
     }
     make_folder(args.out)?;
     let rows = examine(&mut model, &*source, &subset, report, interrupt)?;
-    let metrics = write(args.out, source.name(), &rows)?;
+    let metrics = write(args.out, source.name(), source.cases(), &rows)?;
     Ok(Evaluated {
         metrics,
         rows,
@@ -125,9 +128,25 @@ pub(crate) fn examine(
     )
 }
 
-/// Writes `metrics.json` and `per_image.csv` into `out`, a folder that exists.
-pub(crate) fn write(out: &Path, name: &str, rows: &[PerImage]) -> Result<DatasetMetrics> {
+/// Writes `metrics.json`, `per_image.csv` and `images.csv` into `out`, a folder that exists; `cases` are those that the
+/// rows are of, and perhaps more.
+pub(crate) fn write(
+    out: &Path,
+    name: &str,
+    cases: &[Case],
+    rows: &[PerImage],
+) -> Result<DatasetMetrics> {
     let metrics = DatasetMetrics::of(rows);
+    let hashes: HashMap<&str, &str> = cases
+        .iter()
+        .map(|case| (case.image.as_str(), case.sha256.as_str()))
+        .collect();
+    let image = |row: &PerImage| Image {
+        image: row.image.clone(),
+        sha256: hashes.get(&*row.image).copied().unwrap_or_default().into(),
+    };
+    let images: Vec<Image> = rows.iter().map(image).collect();
+    write_csv(&out.join(IMAGES), &images)?;
     write_csv(&out.join("per_image.csv"), rows)?;
     let datasets = BTreeMap::from([(name.to_owned(), metrics.clone())]);
     write_json(&out.join(RESULTS), &datasets)?;

@@ -90,7 +90,7 @@ pub struct Manifest {
     pub config: Config,
 }
 
-/// An image of a [`Manifest`].
+/// An image of a [`Manifest`] or of results.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Image {
     /// File name.
@@ -848,7 +848,7 @@ impl<'a> Run<'a> {
             epochs: self.position.epoch,
             best_epoch: self.position.best_epoch,
             best: self.position.best.unwrap_or_default(),
-            validation: write(&folder, source.name(), &rows)?,
+            validation: write(&folder, source.name(), source.cases(), &rows)?,
         })
     }
 }
