@@ -131,6 +131,17 @@ impl Runs {
         let none = folds.is_none() && seeds.is_none() && seed.is_none();
         none && self.config.is_none() && self.settings().is_empty()
     }
+
+    /// Refuses flags without `--source`, unless there are none but `--resume` and `--out`.
+    fn whole_or_bare(&self, bare: bool, what: &str) -> Result<()> {
+        if self.source.is_some() || bare {
+            return Ok(());
+        }
+        let problem = format!(
+            "expected the command that the {what} began with, or --out alone, found part of it"
+        );
+        Err(Error::argument("--resume", problem))
+    }
 }
 
 /// Does consistency generalise? Train several methods on one data set, test them on others
@@ -182,11 +193,7 @@ impl Args {
             && self.target.is_empty()
             && self.arms.is_empty()
             && !self.ablations;
-        if self.runs.source.is_none() && !bare {
-            let problem =
-                "expected the command that the study began with, or --out alone, found part of it";
-            return Err(Error::argument("--resume", problem).into());
-        }
+        self.runs.whole_or_bare(bare, "study")?;
         let plan = self.runs.plan(&self.target, &arms)?;
         let args = StudyArgs {
             plan: plan.as_ref(),
@@ -220,7 +227,7 @@ impl Args {
 ///
 /// Tries the values of one key after the other, each with the best so far of the others, by Dice and AUC on the held-out
 /// parts; no target is opened. Writes DIR/trials.csv and DIR/choice.toml, which `study --config` takes. Ctrl-C saves;
-/// --resume goes on.
+/// --resume goes on, with --out alone or with the same command.
 #[derive(clap::Args, Debug)]
 pub struct SearchCommand {
     #[command(flatten)]
@@ -263,12 +270,11 @@ impl SearchCommand {
                 .map(|(key, text)| (key.clone(), values(text)))
                 .collect(),
         };
-        let Some(plan) = self.runs.plan(&[], &arms)? else {
-            let problem = "expected the command that the search began with, found no --source";
-            return Err(Error::argument("--resume", problem).into());
-        };
+        let bare = self.runs.is_bare() && self.arms.is_empty() && self.grid.is_empty();
+        self.runs.whole_or_bare(bare, "search")?;
+        let plan = self.runs.plan(&[], &arms)?;
         let args = SearchArgs {
-            plan: &plan,
+            plan: plan.as_ref(),
             grid: &grid,
             out: &self.out,
             resume: self.runs.resume,

@@ -173,7 +173,12 @@ pub(crate) struct Opened {
 /// that cannot be read when networks are tested on it: what it would have told is missing.
 pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Studied> {
     let plan = plan(args)?;
-    let sets = open(&plan, watch, interrupt)?;
+    let path = args.out.join(MANIFEST);
+    let before: Option<Manifest> = match args.resume && path.is_file() {
+        true => Some(read_json(&path, "expected a study's manifest")?),
+        false => None,
+    };
+    let sets = open(&plan, before.as_ref(), watch, interrupt)?;
     for set in &sets {
         fits(set, &plan.methods)?;
     }
@@ -188,9 +193,8 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         not_computed: Vec::new(),
         plan: plan.clone(),
     };
-    let path = args.out.join(MANIFEST);
-    if args.resume && path.is_file() {
-        unchanged(args.out, &read_json::<Manifest>(&path)?, &manifest, watch)?;
+    if let Some(before) = &before {
+        unchanged(args.out, before, &manifest, watch)?;
     }
     write_atomically(&args.out.join(PLAN), plan.to_toml().as_bytes())?;
     write_json(&path, &manifest)?;
@@ -311,7 +315,13 @@ pub(crate) fn claim(out: &Path, marker: &str, what: &str) -> Result<()> {
     run::new_or_empty(out)
 }
 
-fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Vec<Opened>> {
+/// The data of a plan, under the names that they have in the study to resume if there is one.
+fn open(
+    plan: &Protocol,
+    before: Option<&Manifest>,
+    watch: &dyn Watch,
+    interrupt: &AtomicBool,
+) -> Result<Vec<Opened>> {
     let specs: Vec<&str> = [plan.source.as_str()]
         .into_iter()
         .chain(plan.targets.iter().map(String::as_str))
@@ -330,7 +340,12 @@ fn open(plan: &Protocol, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Ve
         .zip(&specs)
         .map(|(source, spec)| (source.name(), *spec))
         .collect();
-    let names = names(&known);
+    let names = match before {
+        Some(before) if before.data.len() == known.len() => {
+            before.data.iter().map(|set| set.name.clone()).collect()
+        }
+        _ => names(&known),
+    };
     let drop_duplicates = plan.methods.iter().any(|m| m.config.drop_duplicates);
     let opened = sources.into_iter().zip(&specs).zip(names);
     let opened = opened
@@ -690,19 +705,15 @@ fn write_rows(out: &Path, measured: &[Measured]) -> Result<()> {
     write_csv(&out.join(NORMALS), &normals)
 }
 
-/// A value as `path` is to hold it.
-fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut json = serde_json::to_vec_pretty(value)
         .map_err(|e| Error::caused(path, "cannot be written as JSON", e))?;
     json.push(b'\n');
-    Ok(json)
+    write_atomically(path, &json)
 }
 
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    write_atomically(path, &json(path, value)?)
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = std::fs::read(path).map_err(|e| Error::caused(path, "cannot be read", e))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::caused(path, "expected a manifest", e))
+/// Reads what [`write_json`] wrote; `problem` is what a file that is missing or of another form says.
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path, problem: &str) -> Result<T> {
+    let bytes = std::fs::read(path).map_err(|e| Error::caused(path, problem, e))?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::caused(path, problem, e))
 }

@@ -7,10 +7,10 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::protocol::{Method, Protocol, Run};
-use super::{State, Watch, claim, json, trained, write_json};
+use super::protocol::{DataSet, Method, Protocol, Run};
+use super::{State, Watch, claim, fits, folds, open, read_json, trained, unfit, write_json};
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
 use crate::metrics::classification::Auc;
@@ -43,8 +43,9 @@ pub const GRID: [(&str, &[&str]); 8] = [
 /// What to search.
 #[derive(Clone, Copy, Debug)]
 pub struct SearchArgs<'a> {
-    /// Source, folds, seeds and methods; no targets.
-    pub plan: &'a Protocol,
+    /// Source, folds, seeds and methods; no targets. With `resume` what was said of it, or `None` for plan and grid of the
+    /// search in `out`.
+    pub plan: Option<&'a Protocol>,
     /// Keys with their values, in the order in which they are tried.
     pub grid: &'a [(String, Vec<String>)],
     /// The search's folder: new, empty, or with `resume` that of an earlier call.
@@ -86,29 +87,21 @@ pub struct Searched {
 /// Searches, and writes `trials.csv` and `choice.toml`.
 ///
 /// # Errors
-/// [`Error::Argument`] for keys, values or data that cannot be used, or an `out` that already holds something;
-/// [`Error::File`]; [`Error::Interrupted`], after saving; and whatever a trial's training meets.
+/// [`Error::Argument`] for keys, values or data that cannot be used or are not those that the search began with, or an
+/// `out` that already holds something; [`Error::File`]; [`Error::Interrupted`], after saving; and whatever a trial's
+/// training meets.
 pub fn search(
     args: &SearchArgs<'_>,
     watch: &dyn Watch,
     interrupt: &AtomicBool,
 ) -> Result<Searched> {
-    // Every key and value is checked before the first trial, those too that one method has no use for.
-    for method in &args.plan.methods {
-        for (key, values) in args.grid {
-            for value in values {
-                set(&method.config, key, value)?;
-            }
-        }
-    }
-    begin(args)?;
+    let Plan { plan, grid, data } = begin(args, watch, interrupt)?;
     let mut searched = Searched {
         trials: Vec::new(),
         methods: Vec::new(),
     };
-    for method in &args.plan.methods {
-        let keys: Vec<&(String, Vec<String>)> = args
-            .grid
+    for method in &plan.methods {
+        let keys: Vec<&(String, Vec<String>)> = grid
             .iter()
             .filter(|(key, _)| applies(method.config.arm, key))
             .collect();
@@ -127,7 +120,7 @@ pub fn search(
                 continue;
             }
             let number = tried.len();
-            let (dice, auc) = trial(args, method, number, &config, watch, interrupt)?;
+            let (dice, auc) = trial(&plan, args.out, method, number, &config, watch, interrupt)?;
             let of_arm = [
                 dice.filter(|_| config.arm.segments()),
                 auc.filter(|_| config.arm.classifies()),
@@ -167,7 +160,7 @@ pub fn search(
             config: best.0,
         });
     }
-    let text = choice(args.plan, &searched.methods);
+    let text = choice(&plan, &searched.methods);
     write_atomically(&args.out.join(CHOICE), text.as_bytes())?;
     Ok(searched)
 }
@@ -189,39 +182,89 @@ fn applies(arm: Arm, key: &str) -> bool {
     }
 }
 
-#[derive(Serialize)]
-struct Plan<'a> {
-    plan: &'a Protocol,
-    grid: &'a [(String, Vec<String>)],
+/// `search.json`.
+#[derive(Serialize, Deserialize)]
+struct Plan {
+    plan: Protocol,
+    grid: Vec<(String, Vec<String>)>,
+    /// The source as found; absent in files of earlier versions.
+    #[serde(default)]
+    data: Option<DataSet>,
 }
 
-fn begin(args: &SearchArgs<'_>) -> Result<()> {
+/// What is searched, after it was held against what the search in `out` began with.
+fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Plan> {
     let path = args.out.join(PLAN);
-    let plan = Plan {
-        plan: args.plan,
-        grid: args.grid,
-    };
-    if !args.resume {
+    let asked = args.plan.map(|plan| (plan.clone(), args.grid.to_vec()));
+    let (plan, grid, before) = if args.resume {
+        let before: Plan = read_json(&path, "expected the folder of a search to resume")?;
+        let (asked, grid) = asked.unwrap_or_else(|| (before.plan.clone(), before.grid.clone()));
+        if let Some((key, ours, theirs)) = before.plan.difference(&asked) {
+            let problem =
+                format!("expected {ours}, as the search to resume has it, found {theirs}");
+            return Err(Error::argument(key, problem));
+        }
+        if grid != before.grid {
+            let problem = format!(
+                "expected the command that the search began with, found another; {} has it",
+                path.display()
+            );
+            return Err(Error::argument("--grid", problem));
+        }
+        (asked, grid, before.data)
+    } else {
         claim(args.out, PLAN, "a search")?;
-        make_folder(args.out)?;
-        return write_json(&path, &plan);
+        let (plan, grid) = asked.ok_or_else(|| {
+            Error::argument("--source", "expected a source to search on, found none")
+        })?;
+        (plan, grid, None)
+    };
+    // Every key and value is checked before the first trial, those too that one method has no use for.
+    for method in &plan.methods {
+        for (key, values) in &grid {
+            for value in values {
+                set(&method.config, key, value)?;
+            }
+        }
     }
-    let before = std::fs::read(&path)
-        .map_err(|e| Error::caused(&path, "expected the folder of a search to resume", e))?;
-    let now = json(&path, &plan)?;
-    if before != now {
-        let problem = format!(
-            "expected the command that the search began with, found another; {} has it",
-            path.display()
-        );
-        return Err(Error::argument("--resume", problem));
+    let sets = open(&plan, None, watch, interrupt)?;
+    let source = &sets[0];
+    fits(source, &plan.methods)?;
+    for (number, fold) in folds(&plan, source)?.iter().enumerate() {
+        for Method { name, config } in &plan.methods {
+            if let Some(reason) = unfit(config, source, fold) {
+                let problem = format!("{name} fold {number}: {reason}");
+                return Err(Error::argument("--folds", problem));
+            }
+        }
     }
-    Ok(())
+    let now = &source.description;
+    match before.as_ref().map(|before| before.change(now)) {
+        Some(Some(change)) => {
+            let problem = format!("expected the images that the search began with, found {change}");
+            return Err(Error::argument(&plan.source, problem));
+        }
+        None if args.resume => watch.line(&format!(
+            "{} does not say what images the search began with: taken to be those of {}",
+            path.display(),
+            plan.source
+        )),
+        _ => {}
+    }
+    make_folder(args.out)?;
+    let plan = Plan {
+        plan,
+        grid,
+        data: Some(now.clone()),
+    };
+    write_json(&path, &plan)?;
+    Ok(plan)
 }
 
 /// Mean Dice and AUC of a configuration over folds and seeds.
 fn trial(
-    args: &SearchArgs<'_>,
+    plan: &Protocol,
+    out: &Path,
     method: &Method,
     number: usize,
     config: &Config,
@@ -233,14 +276,14 @@ fn trial(
             name: method.name.clone(),
             config: config.clone(),
         }],
-        ..args.plan.clone()
+        ..plan.clone()
     };
     let runs = plan.runs();
     watch.begin(&plan, &runs);
     let (mut dice, mut auc) = (Vec::new(), Vec::new());
     for run in &runs {
         stop(interrupt)?;
-        let folder = folder(run, args.out, number);
+        let folder = folder(run, out, number);
         trained(run, &folder, &plan.config(run), watch, interrupt)?;
         let rows: Vec<PerImage> = read_csv(&folder.join(VALIDATION).join("per_image.csv"))?;
         let of_run = mean(&rows.iter().filter_map(|row| row.dice).collect::<Vec<_>>());
