@@ -163,8 +163,15 @@ impl Overlay {
     ///
     /// # Errors
     /// [`Error::Argument`] if nothing of that name is known (an arm, an ablation, or a table of the file that names
-    /// its `arm`), or as [`Config::load`].
+    /// its `arm`), if it is no name for a folder, or as [`Config::load`].
     pub fn method(&self, name: &str) -> Result<Method> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            let problem = format!(
+                "expected the name of a method, of letters, digits, -, _ and (not first) ., found {name:?}"
+            );
+            return Err(Error::argument("--arms", problem));
+        }
         let own = self.methods.get(name);
         let mut settings = Vec::new();
         let set = |key: &str, value: &str| (key.to_owned(), value.to_owned());
