@@ -49,6 +49,7 @@ fn plan_of(source: &str, targets: &[&str], arms: &[&str], more: &[(&str, &str)])
         targets: targets.iter().map(|target| target.to_string()).collect(),
         folds: 2,
         seeds: vec![0],
+        search: None,
         methods: arms
             .iter()
             .map(|arm| overlay.method(arm).unwrap())

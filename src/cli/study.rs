@@ -119,6 +119,7 @@ impl Runs {
             targets: targets.to_vec(),
             folds,
             seeds: (first..=last).collect(),
+            search: overlay.search().cloned(),
             methods,
         }))
     }
@@ -306,6 +307,11 @@ impl SearchCommand {
                 trial.score,
                 if trial.best { " best" } else { "" }
             );
+        }
+        for method in &searched.methods {
+            let trials = searched.trials.iter();
+            let trials = trials.filter(|trial| trial.arm == method.name).count();
+            outln!("{}: chosen of {trials}", method.name);
         }
         outln!("choice: {}", display(&self.out, CHOICE));
         Ok(ExitCode::SUCCESS)

@@ -40,7 +40,7 @@ use crate::data::{self, Label, Source};
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::metrics::{PerImage, read_csv, write_csv};
-use crate::train::config::Device;
+use crate::train::config::{Arm, Device};
 use crate::train::evaluate::{RESULTS, examine, make_folder, write};
 use crate::train::model::{BEST, CONFIG, LAST};
 use crate::train::run::{self, Epoch, METRICS, TrainArgs, VALIDATION, is_finished, train};
@@ -199,6 +199,9 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     write_atomically(&args.out.join(PLAN), plan.to_toml().as_bytes())?;
     write_json(&path, &manifest)?;
 
+    for method in &plan.methods {
+        watch_ramp(&method.name, &method.config, watch);
+    }
     let runs = plan.runs();
     watch.begin(&plan, &runs);
     let (mut done, mut first_error) = (Vec::new(), None);
@@ -436,6 +439,16 @@ fn unfit(config: &Config, source: &Opened, fold: &Fold) -> Option<String> {
         }
     }
     None
+}
+
+/// Says so if the consistency term of a method never counts.
+fn watch_ramp(name: &str, config: &Config, watch: &dyn Watch) {
+    let (start, epochs) = (config.loss.ramp_start, config.epochs);
+    if config.arm == Arm::Consistency && start >= epochs as f64 {
+        watch.line(&format!(
+            "{name}: its consistency term never counts, since loss.ramp_start is {start} and epochs is {epochs}"
+        ));
+    }
 }
 
 /// Compares what a study began with and what there is now. Results on a target that changed are computed anew; a

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::protocol::{Method, Run};
+use super::protocol::{Method, Run, Search};
 use super::statistics::{
     ArmStatistics, AucComparison, Comparison, DataSetStatistics, Effect, Empty, EnsembleStatistics,
     Estimate, Flags, Measured, Spread, Statistics, Unit, averaged,
@@ -216,14 +216,15 @@ impl Material<'_> {
             n => format!("{n} {what}s"),
         };
         page.paragraph(&format!(
-            "{} trained on {}, in {} and {}, and tested on {} without any fine-tuning. Every method saw the same folds, \
-             steps and starting weights; the held-out part of each fold chose the epoch and nothing else; the threshold is \
+            "{} trained on {}, in {} and {}, and tested on {} without any fine-tuning. {}; {}; the threshold is \
              0.5 throughout. Networks of preset {}, {}×{} pixels, {}.",
             count(plan.methods.len(), "method"),
             describe(source),
             count(plan.folds, "fold"),
             count(plan.seeds.len(), "seed"),
             targets.join(", "),
+            alike(&plan.methods),
+            chosen(plan.search.as_ref(), &source.sha256),
             toml_name(&plan.methods[0].config.preset),
             plan.methods[0].config.size,
             plan.methods[0].config.size,
@@ -1166,4 +1167,76 @@ fn changes(base: &Config, config: &Config) -> String {
         .map(|(_, (key, value))| format!("{key} = {value}"))
         .collect();
     changed.join(", ")
+}
+
+/// What the methods' training has in common, and where it differs beyond the loss.
+fn alike(methods: &[Method]) -> String {
+    let keys = [
+        "preset",
+        "init",
+        "model.kind",
+        "model.widths",
+        "size",
+        "batch",
+        "epochs",
+    ];
+    let settings: Vec<(&str, Vec<(String, String)>)> = methods
+        .iter()
+        .map(|method| (method.name.as_str(), method.config.settings()))
+        .collect();
+    let mut differing = Vec::new();
+    for key in keys {
+        let values: Vec<(&str, &str)> = settings
+            .iter()
+            .flat_map(|(name, all)| all.iter().map(move |(key, value)| (*name, key, value)))
+            .filter(|(_, own, _)| *own == key)
+            .map(|(name, _, value)| (name, value.as_str()))
+            .collect();
+        if values.iter().any(|(_, value)| *value != values[0].1) {
+            let values = values.iter().map(|(name, value)| match *value {
+                "" => format!("{name} none"),
+                value => format!("{name} {value}"),
+            });
+            differing.push(format!("{key} ({})", values.collect::<Vec<_>>().join(", ")));
+        }
+    }
+    if methods
+        .iter()
+        .any(|method| method.config.early_stopping.patience > 0)
+    {
+        differing.push("the epoch after which early stopping ends".to_owned());
+    }
+    match differing.is_empty() {
+        true => "Every method saw the same folds, steps and starting weights".to_owned(),
+        false => format!(
+            "Every method saw the same folds, but they differ in {}, and steps or starting weights with them",
+            differing.join(", ")
+        ),
+    }
+}
+
+/// What the held-out parts chose.
+fn chosen(search: Option<&Search>, source: &str) -> String {
+    let epoch = "the held-out part of each fold chose the epoch";
+    let Some(search) = search else {
+        return format!(
+            "{epoch}, and if settings were chosen by trials on the same images, figures on the source are optimistic"
+        );
+    };
+    let trials: Vec<String> = search
+        .trials
+        .iter()
+        .map(|(method, n)| format!("{method} {n}"))
+        .collect();
+    let trials = trials.join(", ");
+    match search.sha256 == source {
+        true => format!(
+            "{epoch}, and a search on the same images chose settings before (trials: {trials}), so figures on the source \
+             are optimistic"
+        ),
+        false => format!(
+            "{epoch}; a search on other images, {}, chose settings before (trials: {trials})",
+            search.source
+        ),
+    }
 }

@@ -123,13 +123,37 @@ pub const ARMS: [(&str, Arm); 4] = [
 pub struct Overlay {
     all: Vec<(String, String)>,
     methods: BTreeMap<String, Vec<(String, String)>>,
+    search: Option<Search>,
 }
+
+/// A search that chose settings: `[search]` in its `choice.toml`, and from there in `study.toml`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Search {
+    /// The data set that it searched on, `NAME:PATH`.
+    pub source: String,
+    /// [`DataSet::sha256`] of it.
+    pub sha256: String,
+    /// Number of configurations that it tried of each method.
+    pub trials: BTreeMap<String, usize>,
+}
+
+/// What all methods of a study share, or comparing them would compare that.
+const SHARED: [&str; 6] = [
+    "data",
+    "drop_duplicates",
+    "fold",
+    "fold_seed",
+    "folds",
+    "seed",
+];
 
 impl Overlay {
     /// Reads `file`, if any, and overlays it by the settings `given`, which hold for every method.
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be read, is no TOML, or `methods` in it are no tables.
+    /// [`Error::File`] if the file cannot be read, is no TOML, or `methods` in it are no tables or set what all methods
+    /// share.
     pub fn read(file: Option<&Path>, given: &[(String, String)]) -> Result<Self> {
         let mut overlay = Self::default();
         if let Some(path) = file {
@@ -139,6 +163,11 @@ impl Overlay {
                 .parse()
                 .map_err(|e: toml::de::Error| Error::caused(path, "expected TOML", e))?;
             let methods = table.remove("methods");
+            if let Some(search) = table.remove("search") {
+                let search = search.try_into();
+                let problem = "search: expected the table that `echograd search` writes";
+                overlay.search = Some(search.map_err(|e| Error::caused(path, problem, e))?);
+            }
             overlay.all = settings(table);
             let expected = "methods: expected a table for each method, [methods.NAME]";
             if let Some(methods) = methods {
@@ -149,12 +178,23 @@ impl Overlay {
                     let Value::Table(table) = value else {
                         return Err(Error::file(path, expected));
                     };
+                    if let Some(key) = SHARED.iter().find(|key| table.contains_key(**key)) {
+                        let problem = format!(
+                            "methods.{name}.{key}: expected a setting that methods may differ in, found one that all share"
+                        );
+                        return Err(Error::file(path, problem));
+                    }
                     overlay.methods.insert(name, settings(table));
                 }
             }
         }
         overlay.all.extend_from_slice(given);
         Ok(overlay)
+    }
+
+    /// The search that wrote the file, if one did.
+    pub fn search(&self) -> Option<&Search> {
+        self.search.as_ref()
     }
 
     /// The configuration of the method of that name. Later settings win: the preset, the file, the command line, the
@@ -222,6 +262,9 @@ pub struct Protocol {
     pub folds: usize,
     /// Seeds of the runs of each fold.
     pub seeds: Vec<u64>,
+    /// The search that chose the methods' settings, if one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search: Option<Search>,
     /// The methods, in the order of reports.
     pub methods: Vec<Method>,
 }

@@ -4,12 +4,13 @@
 //! sweep). A trial's score is its mean over folds and seeds on the held-out parts: Dice, AUC, or the mean of both for an
 //! arm that does both, since Dice alone would ask for a classifier that learns nothing. No target is ever opened.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::protocol::{DataSet, Method, Protocol, Run};
+use super::protocol::{ABLATIONS, ARMS, DataSet, Method, Protocol, Run, Search};
 use super::{State, Watch, claim, fits, folds, open, read_json, trained, unfit, write_json};
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
@@ -120,6 +121,7 @@ pub fn search(
                 continue;
             }
             let number = tried.len();
+            watch_ramp(&method.name, &config, watch);
             let (dice, auc) = trial(&plan, args.out, method, number, &config, watch, interrupt)?;
             let of_arm = [
                 dice.filter(|_| config.arm.segments()),
@@ -160,7 +162,16 @@ pub fn search(
             config: best.0,
         });
     }
-    let text = choice(&plan, &searched.methods);
+    let mut trials = BTreeMap::new();
+    for trial in &searched.trials {
+        *trials.entry(trial.arm.clone()).or_default() += 1;
+    }
+    let search = Search {
+        source: plan.source.clone(),
+        sha256: data.map(|data| data.sha256).unwrap_or_default(),
+        trials,
+    };
+    let text = choice(&plan, &searched.methods, &search);
     write_atomically(&args.out.join(CHOICE), text.as_bytes())?;
     Ok(searched)
 }
@@ -305,7 +316,7 @@ fn folder(run: &Run, out: &Path, number: usize) -> std::path::PathBuf {
 }
 
 /// What `study --config` takes: the settings that the methods began with, and for each method its choice.
-fn choice(plan: &Protocol, methods: &[Method]) -> String {
+fn choice(plan: &Protocol, methods: &[Method], search: &Search) -> String {
     let base = &plan.methods[0].config;
     let preset = Config::preset(base.preset);
     // A study has its own data, folds and seeds.
@@ -321,9 +332,22 @@ fn choice(plan: &Protocol, methods: &[Method]) -> String {
     }
     let mut chosen = toml::Table::new();
     for method in methods {
-        chosen.insert(method.name.clone(), different(base, &method.config).into());
+        let mut own = different(base, &method.config);
+        let known = ARMS.iter().map(|(name, _)| *name);
+        let mut known = known.chain(ABLATIONS.iter().map(|ablation| ablation.name));
+        // A name that says nothing needs the table to say what it is.
+        if let (false, Ok(arm)) = (
+            known.any(|name| name == method.name),
+            toml::Value::try_from(method.config.arm),
+        ) {
+            own.insert("arm".to_owned(), arm);
+        }
+        chosen.insert(method.name.clone(), own.into());
     }
     table.insert("methods".to_owned(), chosen.into());
+    if let Ok(search) = toml::Value::try_from(search) {
+        table.insert("search".to_owned(), search);
+    }
     format!(
         "# Chosen by echograd search on the folds of {}; for study --config.\n{table}",
         plan.source
