@@ -28,11 +28,12 @@ pub mod protocol;
 pub mod search;
 pub mod statistics;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::data::image::write_atomically;
 use crate::data::split::{self, Fold};
@@ -137,6 +138,9 @@ pub struct Manifest {
     pub instruction_set: String,
     /// The source first, then the targets.
     pub data: Vec<DataSet>,
+    /// SHA-256 of the files that runs start from, by their paths.
+    #[serde(default)]
+    pub init: BTreeMap<String, String>,
     /// What could not be computed.
     pub not_computed: Vec<Missing>,
     /// The plan.
@@ -166,8 +170,8 @@ pub(crate) struct Opened {
 /// Trains what is not trained yet, tests what is not tested yet, and writes the results.
 ///
 /// # Errors
-/// [`Error::Argument`] for a plan or data that cannot be used at all, a target that shares images with the source, or
-/// an `out` that already holds something; [`Error::File`] for files that cannot be read or written, and for a source
+/// [`Error::Argument`] for a plan or data that cannot be used at all, a target that shares images with the source, a
+/// network to start from that has seen any of the images, or an `out` that already holds something; [`Error::File`] for files that cannot be read or written, and for a source
 /// that is not what the study began with; [`Error::Device`]; [`Error::Interrupted`], after saving. A run that fails
 /// otherwise is reported, and the others go on; if none succeeds, its error is returned. Nor does a target end a study
 /// that cannot be read when networks are tested on it: what it would have told is missing.
@@ -183,6 +187,8 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         fits(set, &plan.methods)?;
     }
     apart(&sets)?;
+    untouched(&plan.methods, &sets, watch)?;
+    let init = init_hashes(&plan.methods, before.as_ref())?;
     let folds = folds(&plan, &sets[0])?;
     make_folder(args.out)?;
     let mut manifest = Manifest {
@@ -190,6 +196,7 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         device: plan.methods[0].config.device,
         instruction_set: Level::current().name().into(),
         data: sets.iter().map(|set| set.description.clone()).collect(),
+        init,
         not_computed: Vec::new(),
         plan: plan.clone(),
     };
@@ -408,6 +415,68 @@ fn apart(sets: &[Opened]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses methods that start from a network which a data set here has trained or chosen, or the one that this network
+/// started from, and so on: every image here is held out from somebody. What stands in no manifest beside a network is
+/// said to be unknown.
+fn untouched(methods: &[Method], sets: &[Opened], watch: &dyn Watch) -> Result<()> {
+    let given: BTreeSet<&str> = methods.iter().map(|m| m.config.init.as_str()).collect();
+    for init in given.into_iter().filter(|init| !init.is_empty()) {
+        let (mut next, mut visited) = (init.to_owned(), BTreeSet::new());
+        while !next.is_empty() && visited.insert(next.clone()) {
+            let path = Path::new(&next).with_file_name(run::MANIFEST);
+            let Ok(manifest) = run::Manifest::read(&path) else {
+                watch.line(&format!(
+                    "what images {next} has seen is not known: no run's {} is beside it",
+                    run::MANIFEST
+                ));
+                break;
+            };
+            let seen = manifest.train.iter().chain(&manifest.validation);
+            let seen: HashSet<&str> = seen.map(|image| image.sha256.as_str()).collect();
+            for set in sets {
+                let cases = set.source.cases().iter();
+                let mut known = cases.filter(|case| seen.contains(case.sha256.as_str()));
+                if let Some(first) = known.next() {
+                    let problem = format!(
+                        "expected a network that has seen no image of {}, since all are held out once, found {} that \
+                         {next} was made with, {} first",
+                        set.description.data,
+                        1 + known.count(),
+                        first.image
+                    );
+                    return Err(Error::argument("init", problem));
+                }
+            }
+            next = manifest.config.init;
+        }
+    }
+    Ok(())
+}
+
+/// SHA-256 of the files that methods start from, by their paths; refuses those that are no longer what the study to
+/// resume began with.
+fn init_hashes(methods: &[Method], before: Option<&Manifest>) -> Result<BTreeMap<String, String>> {
+    let mut hashes = BTreeMap::new();
+    for init in methods.iter().map(|method| &method.config.init) {
+        if init.is_empty() || hashes.contains_key(init) {
+            continue;
+        }
+        let before = before.and_then(|before| before.init.get(init));
+        let hash = match (std::fs::read(init), before) {
+            (Ok(bytes), _) => protocol::hex(&Sha256::digest(bytes)),
+            // Runs that are finished, or only begun, need it no more; others will miss it.
+            (Err(_), Some(before)) => before.clone(),
+            (Err(e), None) => return Err(Error::caused(init, "cannot be read", e)),
+        };
+        if before.is_some_and(|before| *before != hash) {
+            let problem = "expected the file that the study began with, found another";
+            return Err(Error::file(init, problem));
+        }
+        hashes.insert(init.clone(), hash);
+    }
+    Ok(hashes)
 }
 
 /// The folds that [`train`] will make.

@@ -11,7 +11,9 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::{ABLATIONS, ARMS, DataSet, Method, Protocol, Run, Search};
-use super::{State, Watch, claim, fits, folds, open, read_json, trained, unfit, write_json};
+use super::{
+    State, Watch, claim, fits, folds, open, read_json, trained, unfit, untouched, write_json,
+};
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
 use crate::metrics::classification::Auc;
@@ -241,6 +243,7 @@ fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Re
     let sets = open(&plan, None, watch, interrupt)?;
     let source = &sets[0];
     fits(source, &plan.methods)?;
+    untouched(&plan.methods, &sets, watch)?;
     for (number, fold) in folds(&plan, source)?.iter().enumerate() {
         for Method { name, config } in &plan.methods {
             if let Some(reason) = unfit(config, source, fold) {
