@@ -127,15 +127,35 @@ pub struct Missing {
     pub reason: String,
 }
 
+/// What computes: a program, on a processor.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Means {
+    /// Program and version.
+    pub program: String,
+    /// Instruction set of the kernels: results have the same bits where this is equal.
+    pub instruction_set: String,
+}
+
+impl Means {
+    fn current() -> Self {
+        Self {
+            program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
+            instruction_set: Level::current().name().into(),
+        }
+    }
+}
+
 /// `manifest.json`.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Program and version.
-    pub program: String,
+    /// What it began with.
+    #[serde(flatten)]
+    pub begun: Means,
+    /// What it went on with, each time that this was something else than before.
+    #[serde(default)]
+    pub resumed: Vec<Means>,
     /// Where it computes.
     pub device: Device,
-    /// Instruction set of the kernels: results have the same bits where this is equal.
-    pub instruction_set: String,
     /// The source first, then the targets.
     pub data: Vec<DataSet>,
     /// SHA-256 of the files that runs start from, by their paths.
@@ -145,6 +165,22 @@ pub struct Manifest {
     pub not_computed: Vec<Missing>,
     /// The plan.
     pub plan: Protocol,
+}
+
+impl Manifest {
+    /// Remembers what the study was computed with before, and says so if it was something else.
+    fn go_on(&mut self, before: &Self, watch: &dyn Watch) {
+        let now = std::mem::replace(&mut self.begun, before.begun.clone());
+        self.resumed.clone_from(&before.resumed);
+        let last = self.resumed.last().unwrap_or(&self.begun);
+        if *last != now {
+            watch.line(&format!(
+                "resumed by {} with {} instructions, before by {} with {}: results may differ in their last bits or more",
+                now.program, now.instruction_set, last.program, last.instruction_set
+            ));
+            self.resumed.push(now);
+        }
+    }
 }
 
 /// What came out.
@@ -192,9 +228,9 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     let folds = folds(&plan, &sets[0])?;
     make_folder(args.out)?;
     let mut manifest = Manifest {
-        program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
+        begun: Means::current(),
+        resumed: Vec::new(),
         device: plan.methods[0].config.device,
-        instruction_set: Level::current().name().into(),
         data: sets.iter().map(|set| set.description.clone()).collect(),
         init,
         not_computed: Vec::new(),
@@ -202,6 +238,7 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     };
     if let Some(before) = &before {
         unchanged(args.out, before, &manifest, watch)?;
+        manifest.go_on(before, watch);
     }
     write_atomically(&args.out.join(PLAN), plan.to_toml().as_bytes())?;
     write_json(&path, &manifest)?;
@@ -541,12 +578,6 @@ fn unchanged(out: &Path, before: &Manifest, now: &Manifest, watch: &dyn Watch) -
         for folder in of_runs.chain(of_ensembles) {
             remove(&folder.join(&is.name).join(RESULTS))?;
         }
-    }
-    if before.instruction_set != now.instruction_set {
-        watch.line(&format!(
-            "resumed with {} instructions, begun with {}: results may differ in their last bits",
-            now.instruction_set, before.instruction_set
-        ));
     }
     Ok(())
 }

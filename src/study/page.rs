@@ -8,7 +8,7 @@ use super::statistics::{
     ArmStatistics, AucComparison, Comparison, DataSetStatistics, Effect, Empty, EnsembleStatistics,
     Estimate, Flags, Measured, Spread, Statistics, Unit, averaged,
 };
-use super::{Histories, Manifest, Opened, PAGE};
+use super::{Histories, Manifest, Means, Opened, PAGE};
 use crate::data::image::{png_rgb_bytes, write_atomically};
 use crate::data::letterbox::quantise;
 use crate::data::{self, Label};
@@ -1000,11 +1000,15 @@ impl Material<'_> {
             .collect();
         page.paragraph("What each method has otherwise than its preset; study.toml has the whole configuration.")
             .list(&methods);
+        let by = |m: &Means| format!("{}, {} instructions", m.program, m.instruction_set);
+        let later = self.manifest.resumed.iter().map(by);
         page.paragraph(&format!(
-            "{}, device {}, {} instructions.",
-            self.manifest.program,
+            "Device {}. {}.",
             toml_name(&self.manifest.device),
-            self.manifest.instruction_set
+            std::iter::once(by(&self.manifest.begun))
+                .chain(later)
+                .collect::<Vec<_>>()
+                .join("; resumed by ")
         ));
     }
 }
