@@ -212,12 +212,12 @@ pub(crate) struct Opened {
 /// otherwise is reported, and the others go on; if none succeeds, its error is returned. Nor does a target end a study
 /// that cannot be read when networks are tested on it: what it would have told is missing.
 pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Studied> {
-    let plan = plan(args)?;
     let path = args.out.join(MANIFEST);
     let before: Option<Manifest> = match args.resume && path.is_file() {
         true => Some(read_json(&path, "expected a study's manifest")?),
         false => None,
     };
+    let plan = plan(args, before.as_ref())?;
     let sets = open(&plan, before.as_ref(), watch, interrupt)?;
     for set in &sets {
         fits(set, &plan.methods)?;
@@ -317,7 +317,7 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     })
 }
 
-fn plan(args: &StudyArgs<'_>) -> Result<Protocol> {
+fn plan(args: &StudyArgs<'_>, before: Option<&Manifest>) -> Result<Protocol> {
     let path = args.out.join(PLAN);
     if !args.resume {
         claim(args.out, PLAN, "a study")?;
@@ -340,6 +340,11 @@ fn plan(args: &StudyArgs<'_>) -> Result<Protocol> {
     let more = known
         .methods
         .split_off(own.methods.len().min(known.methods.len()));
+    // Data may have moved: the manifest knows what they hold.
+    if before.is_some() && own.targets.len() == known.targets.len() {
+        own.source.clone_from(&known.source);
+        own.targets.clone_from(&known.targets);
+    }
     match own.difference(&known) {
         None => {
             own.methods.extend(more);
@@ -564,7 +569,8 @@ fn unchanged(out: &Path, before: &Manifest, now: &Manifest, watch: &dyn Watch) -
         let Some(change) = was.change(is) else {
             continue;
         };
-        if i == 0 {
+        // Results on a target that changed where it is are another matter than another target.
+        if i == 0 || was.data != is.data {
             let problem = format!("expected the images that the study began with, found {change}");
             return Err(Error::argument(&is.data, problem));
         }

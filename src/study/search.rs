@@ -212,7 +212,12 @@ fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Re
     let (plan, grid, before) = if args.resume {
         let before: Plan = read_json(&path, "expected the folder of a search to resume")?;
         let (asked, grid) = asked.unwrap_or_else(|| (before.plan.clone(), before.grid.clone()));
-        if let Some((key, ours, theirs)) = before.plan.difference(&asked) {
+        let mut own = before.plan;
+        // The source may have moved: its hashes are below.
+        if before.data.is_some() {
+            own.source.clone_from(&asked.source);
+        }
+        if let Some((key, ours, theirs)) = own.difference(&asked) {
             let problem =
                 format!("expected {ours}, as the search to resume has it, found {theirs}");
             return Err(Error::argument(key, problem));

@@ -479,15 +479,16 @@ impl Config {
     }
 
     /// The first key in which `self` and `other` differ, with both values; `workers` aside, which changes no
-    /// result, and `device`, on which a run may go on elsewhere.
+    /// result, `device`, on which a run may go on elsewhere, and `data`, which may have moved: what they hold is for
+    /// manifests to say.
     pub fn difference(&self, other: &Self) -> Option<(String, String, String)> {
-        self.first_difference(other, |key| !["workers", "device"].contains(&key))
+        self.first_difference(other, |key| !["workers", "device", "data"].contains(&key))
     }
 
     /// As [`Config::difference`], with what changes only tests aside: `None` if both train the same network.
     pub fn trains_otherwise(&self, other: &Self) -> Option<(String, String, String)> {
         self.first_difference(other, |key| {
-            !["workers", "device", "test_flip"].contains(&key)
+            !["workers", "device", "data", "test_flip"].contains(&key)
         })
     }
 

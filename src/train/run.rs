@@ -201,10 +201,12 @@ fn configuration(args: &TrainArgs<'_>) -> Result<Config> {
             None => own.clone().with(args.settings)?,
         };
         return match own.difference(&asked) {
-            // Who prepares the batches does not show in them; another device is told of.
+            // Who prepares the batches does not show in them; another device is told of, and data that moved are held
+            // against the manifest.
             None => Ok(Config {
                 workers: asked.workers,
                 device: asked.device,
+                data: asked.data,
                 ..own
             }),
             Some((key, ours, theirs)) => {
@@ -551,6 +553,9 @@ impl<'a> Run<'a> {
         if (&manifest.train, &manifest.validation) != (&now.train, &now.validation) {
             let problem = "expected the images that the run began with, found others";
             return Err(Error::argument(&self.config.data, problem));
+        }
+        if self.config.data != manifest.config.data {
+            write_atomically(&self.out.join(CONFIG), self.config.to_toml().as_bytes())?;
         }
         for (how, now, begun) in [
             ("on", now.device, manifest.device),
