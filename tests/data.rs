@@ -1059,11 +1059,31 @@ fn folds_keep_patients_and_copies_together() {
 
 #[test]
 fn folds_that_cannot_be_made_are_refused() {
-    let cases = labelled([10, 4, 0]);
-    let all: Vec<usize> = (0..14).collect();
+    let cases = labelled([4, 3, 0]);
+    let all: Vec<usize> = (0..7).collect();
     assert_says(
         &refusal(folds(&cases, &all, 5, 0)),
-        &["folds", "expected at least 5 malignant", "found 4"],
+        &["folds", "expected at least 5 benign", "found 4"],
+    );
+    // The rarer label may be missing in some.
+    let count = |fold: &Fold| {
+        let of = |label| {
+            fold.validation
+                .iter()
+                .filter(|&&i| cases[i].label == label)
+                .count()
+        };
+        [Label::Benign, Label::Malignant].map(of)
+    };
+    let rare: Vec<[usize; 2]> = folds(&cases, &all, 4, 0)
+        .unwrap()
+        .iter()
+        .map(count)
+        .collect();
+    assert!(
+        rare.iter()
+            .all(|[benign, malignant]| *benign == 1 && *malignant <= 1),
+        "{rare:?}"
     );
     assert_says(
         &refusal(folds(&cases, &all, 1, 0)),

@@ -50,8 +50,9 @@ pub struct Fold {
 /// ```
 ///
 /// # Errors
-/// [`Error::Argument`] if `k < 2`, or if benign or malignant cases are present but come from fewer
-/// than `k` groups.
+/// [`Error::Argument`] if `k < 2`, or if there are benign or malignant cases but the label that more
+/// groups have comes from fewer than `k`. Of the rarer label a fold may then hold none: enough to
+/// segment, and for whoever classifies to refuse.
 pub fn folds(cases: &[Case], subset: &[usize], k: usize, seed: u64) -> Result<Vec<Fold>> {
     if k < 2 {
         return Err(Error::argument(
@@ -63,22 +64,23 @@ pub fn folds(cases: &[Case], subset: &[usize], k: usize, seed: u64) -> Result<Ve
     subset.sort_unstable();
     subset.dedup();
     let mut groups = groups(cases, &subset);
-    let mut total = [0usize; 3];
-    for label in Label::ALL {
-        let carriers = groups
-            .iter()
-            .filter(|group| group.iter().any(|&i| cases[i].label == label))
-            .count();
-        if label.is_lesion() && (1..k).contains(&carriers) {
-            return Err(Error::argument(
-                "folds",
-                format!(
-                    "expected at least {k} {label} patients or images for {k} folds, found {carriers}"
-                ),
-            ));
-        }
-        total[label as usize] = subset.iter().filter(|&&i| cases[i].label == label).count();
+    let carriers = |label: Label| {
+        let carries = |group: &&Vec<usize>| group.iter().any(|&i| cases[i].label == label);
+        groups.iter().filter(carries).count()
+    };
+    let [benign, malignant] =
+        [Label::Benign, Label::Malignant].map(|label| (carriers(label), label));
+    let (most, label) = if malignant.0 > benign.0 {
+        malignant
+    } else {
+        benign
+    };
+    if (1..k).contains(&most) {
+        let problem =
+            format!("expected at least {k} {label} patients or images for {k} folds, found {most}");
+        return Err(Error::argument("folds", problem));
     }
+    let total = Label::ALL.map(|l| subset.iter().filter(|&&i| cases[i].label == l).count());
 
     groups.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     groups.sort_by_key(|group| std::cmp::Reverse(group.len()));
