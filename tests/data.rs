@@ -10,7 +10,7 @@ use std::path::Path;
 use ::image::{DynamicImage, GrayImage, Luma, Rgb, RgbImage, Rgba, RgbaImage};
 use echograd::data::image::{self, Gray, write_png, write_png_rgb};
 use echograd::data::letterbox::{Letterbox, quantise};
-use echograd::data::split::{fold, folds};
+use echograd::data::split::{Fold, fold, folds};
 use echograd::data::{self, Case, Label, Source, pack};
 use support::xlsx;
 use tempfile::TempDir;
