@@ -238,6 +238,15 @@ fn encode(pixels: &[u8], width: usize, height: usize, color: ExtendedColorType) 
     bytes
 }
 
+/// How the names of temporary files begin; six letters or digits follow.
+const TEMPORARY: &str = ".tmp";
+
+/// Whether a file of that name is one of [`write_atomically`]'s: only a killed program leaves it.
+pub(crate) fn is_temporary(name: &str) -> bool {
+    let rest = name.strip_prefix(TEMPORARY);
+    rest.is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|b| b.is_ascii_alphanumeric()))
+}
+
 /// Writes `bytes` to a temporary file beside `path`, syncs it and renames it into place, so that
 /// `path` holds either its old content or all of the new. Links are followed; what is no file, such as
 /// `/dev/stdout` or a named pipe, is written to as it is.
@@ -260,6 +269,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     let mut builder = tempfile::Builder::new();
+    builder.prefix(TEMPORARY);
     // A temporary file is private by default; the result should follow the user's umask.
     #[cfg(unix)]
     let builder = {

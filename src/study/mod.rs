@@ -35,7 +35,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::data::image::write_atomically;
+use crate::data::image::{is_temporary, write_atomically};
 use crate::data::split::{self, Fold};
 use crate::data::{self, Label, Source};
 use crate::device::simd::Level;
@@ -222,7 +222,7 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     for set in &sets {
         fits(set, &plan.methods)?;
     }
-    apart(&sets)?;
+    apart(&sets, watch)?;
     untouched(&plan.methods, &sets, watch)?;
     let init = init_hashes(&plan.methods, before.as_ref())?;
     let folds = folds(&plan, &sets[0])?;
@@ -236,6 +236,9 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         not_computed: Vec::new(),
         plan: plan.clone(),
     };
+    if args.resume {
+        sweep(args.out)?;
+    }
     if let Some(before) = &before {
         unchanged(args.out, before, &manifest, watch)?;
         manifest.go_on(before, watch);
@@ -435,8 +438,9 @@ pub(crate) fn fits(set: &Opened, methods: &[Method]) -> Result<()> {
     }
 }
 
-/// Refuses targets that hold images of the source: a network would be tested on what it was trained on.
-fn apart(sets: &[Opened]) -> Result<()> {
+/// Refuses targets that hold images of the source, since a network would be tested on what it was trained on, and one
+/// that is another once more. Names of patients that source and target share are told: they may be the same people.
+fn apart(sets: &[Opened], watch: &dyn Watch) -> Result<()> {
     let source = sets[0].source.cases();
     let own: HashMap<&str, &str> = source
         .iter()
@@ -454,6 +458,33 @@ fn apart(sets: &[Opened]) -> Result<()> {
                 shared.len()
             );
             return Err(Error::argument(&target.description.data, problem));
+        }
+    }
+    let hashes = |set: &Opened| -> BTreeSet<String> {
+        let cases = set.source.cases().iter();
+        cases.map(|case| case.sha256.clone()).collect()
+    };
+    for (i, target) in sets.iter().enumerate().skip(1) {
+        let images = hashes(target);
+        if let Some(other) = sets[1..i].iter().find(|other| hashes(other) == images) {
+            let problem = format!(
+                "expected other images than those of {}, found the same",
+                other.description.data
+            );
+            return Err(Error::argument(&target.description.data, problem));
+        }
+        let patients = |set: &Opened| -> BTreeSet<String> {
+            let cases = set.source.cases().iter();
+            cases.filter_map(|case| case.patient.clone()).collect()
+        };
+        let (ours, theirs) = (patients(&sets[0]), patients(target));
+        let mut shared = ours.intersection(&theirs);
+        if let Some(first) = shared.next() {
+            watch.line(&format!(
+                "{} patients of {} have names of the source's, {first:?} first; if they are the same people, leave them out",
+                1 + shared.count(),
+                target.description.data
+            ));
         }
     }
     Ok(())
@@ -583,6 +614,21 @@ fn unchanged(out: &Path, before: &Manifest, now: &Manifest, watch: &dyn Watch) -
         let of_ensembles = methods.map(|method| ensemble::folder(out, &method.name));
         for folder in of_runs.chain(of_ensembles) {
             remove(&folder.join(&is.name).join(RESULTS))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what a killed call left of files that it was writing, here and below.
+fn sweep(folder: &Path) -> Result<()> {
+    let unreadable = |e| Error::caused(folder, "cannot be read", e);
+    for entry in std::fs::read_dir(folder).map_err(unreadable)? {
+        let entry = entry.map_err(unreadable)?;
+        let kind = entry.file_type().map_err(unreadable)?;
+        if kind.is_dir() {
+            sweep(&entry.path())?;
+        } else if kind.is_file() && is_temporary(&entry.file_name().to_string_lossy()) {
+            remove(&entry.path())?;
         }
     }
     Ok(())

@@ -535,14 +535,15 @@ pub fn names(sets: &[(&str, &str)]) -> Vec<String> {
             .iter()
             .enumerate()
             .any(|(j, (other, _))| j != i && other == name);
-        let path = spec.split_once(':').map_or(*spec, |(_, path)| path);
-        let last = Path::new(path)
-            .file_stem()
-            .unwrap_or_default()
-            .to_string_lossy();
-        let plain = match shared {
-            true => format!("{name}-{last}"),
-            false => (*name).to_owned(),
+        let path = Path::new(spec.split_once(':').map_or(*spec, |(_, path)| path));
+        // `.` and `..` have names too.
+        let whole = match path.file_name() {
+            Some(_) => path.to_owned(),
+            None => path.canonicalize().unwrap_or_default(),
+        };
+        let plain = match whole.file_stem() {
+            Some(last) if shared => format!("{name}-{}", last.to_string_lossy()),
+            _ => (*name).to_owned(),
         };
         let mut candidate = plain.clone();
         let mut number = 2;
@@ -568,6 +569,10 @@ mod tests {
             ("breast", "breast:/c"),
         ];
         assert_eq!(names(&sets), ["busi-A", "busi-B", "busi-B-2", "breast"]);
+        let here = std::env::current_dir().unwrap();
+        let here = here.file_stem().unwrap().to_string_lossy();
+        let sets = [("folder", "folder:."), ("folder", "folder:/a/C/")];
+        assert_eq!(names(&sets), [format!("folder-{here}"), "folder-C".into()]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::protocol::{ABLATIONS, ARMS, DataSet, Method, Protocol, Run, Search};
 use super::{
-    State, Watch, claim, fits, folds, open, read_json, trained, unfit, untouched, write_json,
+    State, Watch, claim, fits, folds, open, read_json, sweep, trained, unfit, untouched, write_json,
 };
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
@@ -271,6 +271,9 @@ fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Re
         _ => {}
     }
     make_folder(args.out)?;
+    if args.resume {
+        sweep(args.out)?;
+    }
     let plan = Plan {
         plan,
         grid,
