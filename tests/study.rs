@@ -796,7 +796,7 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
     ];
     let grid = grid.map(|(k, v)| (k.to_owned(), v.into_iter().map(str::to_owned).collect()));
     let args = |resume| SearchArgs {
-        plan: &plan,
+        plan: Some(&plan),
         grid: &grid,
         out: &out,
         resume,
@@ -812,7 +812,13 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
         search(&args(false), &stopper, &interrupt),
         Err(Error::Interrupted)
     ));
-    let searched = search(&args(true), &(), &AtomicBool::new(false)).unwrap();
+    // What it began with is in its folder.
+    let bare = SearchArgs {
+        plan: None,
+        grid: &[],
+        ..args(true)
+    };
+    let searched = search(&bare, &(), &AtomicBool::new(false)).unwrap();
     // 0.2 and 3 are what the preset has: trial 0. κ is nothing to a multi-task arm.
     let tried: Vec<(&str, &str)> = searched
         .trials
@@ -835,6 +841,8 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
         assert!(of.all(|t| t.score <= best.score));
     }
     let overlay = Overlay::read(Some(&out.join("choice.toml")), &[]).unwrap();
+    let trials = &overlay.search().unwrap().trials;
+    assert_eq!((trials["multitask"], trials["consistency"]), (2, 3));
     for method in &searched.methods {
         let taken = overlay.method(&method.name).unwrap().config;
         assert_eq!(taken.loss, method.config.loss);
@@ -864,6 +872,18 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
         refused.contains("expected the command that the search began with"),
         "{refused}"
     );
+    // The same plan on other images is another search.
+    let mut elsewhere = plan.clone();
+    elsewhere.source.clone_from(&data()[1]);
+    let moved = SearchArgs {
+        plan: Some(&elsewhere),
+        ..args(true)
+    };
+    let refused = message(search(&moved, &(), &AtomicBool::new(false)));
+    assert!(
+        refused.contains("expected the images that the search began with, found"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -887,7 +907,276 @@ fn runs_are_compared_on_the_images_that_they_share() {
     assert_eq!(found.difference.n, a.len());
     assert!((found.difference.mean - difference).abs() < 1e-12);
 
+    // The same bytes under other names are the same images; other bytes under the same names are not.
+    let folder = tempfile::tempdir().unwrap();
+    let results = ["images.csv", "per_image.csv"];
+    let [renamed, others] = ["renamed", "others"].map(|name| {
+        let run = folder.path().join(name);
+        fs::create_dir_all(run.join("busi-B")).unwrap();
+        fs::copy(runs[1].join("config.toml"), run.join("config.toml")).unwrap();
+        for file in results {
+            let mut text = fs::read_to_string(runs[1].join("busi-B").join(file)).unwrap();
+            match name {
+                "renamed" => text = text.replace("benign (", "another ("),
+                _ if file == "images.csv" => text = text.replace(",", ",0"),
+                _ => {}
+            }
+            let header = text.replace("image,0sha256", "image,sha256");
+            fs::write(run.join("busi-B").join(file), header).unwrap();
+        }
+        run
+    });
+    let compared = compare(&[runs[0].clone(), renamed.clone(), others]).unwrap();
+    let target = &compared.results["busi-B"];
+    let again = target.comparisons[0].dice.as_ref().unwrap();
+    assert_eq!(again.difference.n, a.len());
+    assert!((again.difference.mean - difference).abs() < 1e-12);
+    assert_eq!(target.comparisons.len(), 1);
+    assert_eq!(target.not_compared[0].reason, "no images in common");
+    fs::remove_file(renamed.join("busi-B/images.csv")).unwrap();
+    let compared = compare(&[runs[0].clone(), renamed]).unwrap();
+    let [missing] = &compared.results["busi-B"].not_compared[..] else {
+        panic!("expected one that cannot be compared");
+    };
+    assert!(
+        missing.reason.ends_with("evaluate again"),
+        "{}",
+        missing.reason
+    );
+    let twice = [runs[0].clone(), runs[0].join("../fold-0_seed-0")];
+    assert!(message(compare(&twice)).contains("found this one twice"));
+
     assert!(message(compare(&runs[..1])).contains("expected two runs or more"));
     let nowhere = [runs[0].clone(), whole().join("figures")];
     assert!(message(compare(&nowhere)).contains("found no config.toml in it"));
+}
+
+fn two_classes(i: usize) -> &'static str {
+    match (i / 2).is_multiple_of(2) {
+        true => "benign",
+        false => "malignant",
+    }
+}
+
+#[test]
+fn a_target_that_cannot_be_read_costs_no_more_than_itself() {
+    /// Damages an image when the first network is to be tested on the target.
+    struct Vandal(PathBuf);
+    impl Report for Vandal {}
+    impl Watch for Vandal {
+        fn state(&self, _: &Run, state: &State) {
+            if *state == State::Testing("folder-one".to_owned()) {
+                fs::write(&self.0, "no image").unwrap();
+            }
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = blobs(&path("source"), 0, 12, two_classes);
+    let [one, two] =
+        [("one", 1), ("two", 2)].map(|(name, salt)| blobs(&path(name), salt, 4, two_classes));
+    let plan = plan_of(
+        &source,
+        &[&one, &two],
+        &["segmentation"],
+        &[("epochs", "1")],
+    );
+
+    // What can be known before is said before.
+    let image = path("one/images/02.png");
+    let whole = fs::read(&image).unwrap();
+    fs::write(&image, &whole[..whole.len() / 2]).unwrap();
+    let refused = message(run(Some(&plan), &path("early"), false));
+    assert!(refused.contains("02.png"), "{refused}");
+    fs::write(&image, &whole).unwrap();
+    let pack = path("one.pack");
+    let opened = echograd::data::open(&one).unwrap();
+    echograd::data::pack::write(&*opened, 48, &pack, &|| Ok(())).unwrap();
+    let pack = format!("pack:{}", pack.display());
+    let packed = plan_of(&source, &[&two, &pack], &["segmentation"], &[]);
+    let refused = message(run(Some(&packed), &path("early"), false));
+    assert!(
+        refused
+            .contains("expected a pack of size 32, which segmentation has, found one of size 48"),
+        "{refused}"
+    );
+    let again = plan_of(&source, &[&two, &one, &two], &["segmentation"], &[]);
+    let refused = message(run(Some(&again), &path("early"), false));
+    assert!(
+        refused.contains("expected other images than those of"),
+        "{refused}"
+    );
+    assert!(!path("early").exists());
+
+    // What happens after costs what it concerns, and is made up for.
+    let out = path("out");
+    let args = StudyArgs {
+        plan: Some(&plan),
+        out: &out,
+        resume: false,
+    };
+    let vandal = Vandal(image.clone());
+    let studied = study(&args, &vandal, &AtomicBool::new(false)).unwrap();
+    assert!(studied.failed);
+    let missing = studied.statistics.not_computed.iter();
+    let missing: Vec<&str> = missing
+        .map(|m| m.what.as_str())
+        .filter(|what| what.ends_with("on folder-one"))
+        .collect();
+    assert_eq!(
+        missing,
+        [
+            "segmentation fold 0 seed 0 on folder-one",
+            "segmentation fold 1 seed 0 on folder-one",
+            "segmentation, ensemble on folder-one",
+        ]
+    );
+    let sets = &studied.statistics.datasets;
+    assert!(sets[1].arms.is_empty());
+    assert_eq!(sets[2].arms["segmentation"].runs, 2);
+    fs::write(&image, &whole).unwrap();
+    // A killed call leaves such files.
+    fs::write(out.join("runs/segmentation/.tmpAb12Cd"), "half").unwrap();
+    // And the data have moved.
+    let moved = path("moved");
+    fs::create_dir(&moved).unwrap();
+    let places = ["source", "one", "two"].map(|name| {
+        fs::rename(path(name), moved.join(name)).unwrap();
+        format!("folder:{}", moved.join(name).display())
+    });
+    let [source, one, two] = places.each_ref().map(String::as_str);
+    let plan = plan_of(source, &[two, one], &["segmentation"], &[("epochs", "1")]);
+    let refused = message(run(Some(&plan), &out, true));
+    assert!(
+        refused.contains("expected the images that the study began with"),
+        "{refused}"
+    );
+    let plan = plan_of(source, &[one, two], &["segmentation"], &[("epochs", "1")]);
+    let studied = run(Some(&plan), &out, true).unwrap();
+    assert!(!studied.failed);
+    assert_eq!(studied.statistics.datasets[1].arms["segmentation"].runs, 2);
+    assert!(!out.join("runs/segmentation/.tmpAb12Cd").exists());
+}
+
+#[test]
+fn methods_have_names_of_folders_and_share_what_a_comparison_needs() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("study.toml");
+    for name in ["../x", "a/b", ".x", "", "a b"] {
+        fs::write(&file, format!("[methods.{name:?}]\narm = \"multitask\"\n")).unwrap();
+        let overlay = Overlay::read(Some(&file), &[]).unwrap();
+        let refused = message(overlay.method(name));
+        assert!(
+            refused.contains("expected the name of a method"),
+            "{refused}"
+        );
+    }
+    for shared in [
+        "fold_seed = 3",
+        "drop_duplicates = true",
+        "seed = 1",
+        "folds = 3",
+    ] {
+        let text = format!("[methods.mine]\narm = \"multitask\"\n{shared}\n");
+        fs::write(&file, text).unwrap();
+        let refused = message(Overlay::read(Some(&file), &[]));
+        let key = shared.split_once(' ').unwrap().0;
+        assert!(
+            refused.contains(&format!("methods.mine.{key}: expected")),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
+fn a_network_to_start_from_must_not_have_seen_the_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = blobs(&path("source"), 0, 12, two_classes);
+    let [unseen, other] =
+        [("unseen", 1), ("other", 2)].map(|(name, salt)| blobs(&path(name), salt, 8, two_classes));
+    let before = plan_of(&other, &[&unseen], &["segmentation"], &[("epochs", "1")]);
+    run(Some(&before), &path("before"), false).unwrap();
+    let best = path("before/runs/segmentation/fold-0_seed-0/best.safetensors");
+    let init = best.display().to_string();
+    let from = |source: &str, target: &str| {
+        let settings = [("epochs", "1"), ("init", init.as_str())];
+        plan_of(source, &[target], &["segmentation"], &settings)
+    };
+    let out = path("out");
+    for plan in [from(&source, &other), from(&other, &source)] {
+        let refused = message(run(Some(&plan), &out, false));
+        assert!(
+            refused.contains("expected a network that has seen no image of")
+                && refused.contains("found 8"),
+            "{refused}"
+        );
+        assert!(!out.exists());
+    }
+    run(Some(&from(&source, &unseen)), &out, false).unwrap();
+    fs::copy(best.with_file_name("config.toml"), &best).unwrap();
+    let refused = message(run(None, &out, true));
+    assert!(
+        refused.contains("expected the file that the study began with, found another"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_fold_without_a_class_costs_what_classifies() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    // One malignant patient among four.
+    let label = |i: usize| if i < 2 { "malignant" } else { "benign" };
+    let source = blobs(&path("source"), 0, 8, label);
+    let target = blobs(&path("target"), 1, 4, two_classes);
+    let arms = ["segmentation", "multitask"];
+    let plan = plan_of(&source, &[&target], &arms, &[("epochs", "1")]);
+    let studied = run(Some(&plan), &path("out"), false).unwrap();
+    assert!(!studied.failed);
+    let sets = &studied.statistics.datasets;
+    assert_eq!(sets[1].arms["segmentation"].runs, 2);
+    assert!(!sets[1].arms.contains_key("multitask"));
+    let missing = studied.statistics.not_computed.iter();
+    let missing = missing.filter(|m| m.what.starts_with("multitask fold"));
+    assert_eq!(missing.count(), 2);
+}
+
+#[test]
+fn all_arms_start_from_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("study");
+    // With a rate that changes nothing, the best weights are the first.
+    let still = [
+        ("epochs", "1"),
+        ("optimizer.learning_rate", "0"),
+        ("optimizer.ema", "0"),
+    ];
+    run(Some(&plan(&ARMS, &still)), &out, false).unwrap();
+    let weights = |arm: &str| {
+        let best = out
+            .join("runs")
+            .join(arm)
+            .join("fold-1_seed-0/best.safetensors");
+        let bytes = fs::read(best).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = file.tensors().into_iter();
+        let values = |data: &[u8]| -> Vec<f32> { bytemuck::pod_collect_to_vec(data) };
+        let tensors =
+            tensors.filter(|(name, _)| name.ends_with("weight") && !name.contains("adam"));
+        let of =
+            |(name, view): (String, safetensors::tensor::TensorView)| (name, values(view.data()));
+        tensors.map(of).collect::<BTreeMap<_, _>>()
+    };
+    let all = ARMS.map(weights);
+    for (arm, one) in ARMS.iter().zip(&all) {
+        for other in &all {
+            let shared = one.keys().filter(|name| other.contains_key(*name));
+            let shared: Vec<&String> = shared.collect();
+            assert!(shared.len() > 2, "{arm}");
+            for name in shared {
+                assert!(one[name] == other[name], "{arm}: {name}");
+            }
+        }
+    }
 }

@@ -13,7 +13,7 @@ use crate::train::evaluate::{self, EvaluateArgs};
 ///
 /// Masks are compared at every image's original resolution, threshold 0.5. Images that the run was trained on are recognised by
 /// their bytes and left out. With test_flip = true in RUN/config.toml every image is shown with its mirror image, and what is said of
-/// both averaged. Writes DIR/metrics.json and DIR/per_image.csv.
+/// both averaged. Writes DIR/metrics.json, per_image.csv and images.csv, the SHA-256 of every image.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The run's folder

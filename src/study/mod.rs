@@ -206,11 +206,12 @@ pub(crate) struct Opened {
 /// Trains what is not trained yet, tests what is not tested yet, and writes the results.
 ///
 /// # Errors
-/// [`Error::Argument`] for a plan or data that cannot be used at all, a target that shares images with the source, a
-/// network to start from that has seen any of the images, or an `out` that already holds something; [`Error::File`] for files that cannot be read or written, and for a source
-/// that is not what the study began with; [`Error::Device`]; [`Error::Interrupted`], after saving. A run that fails
-/// otherwise is reported, and the others go on; if none succeeds, its error is returned. Nor does a target end a study
-/// that cannot be read when networks are tested on it: what it would have told is missing.
+/// [`Error::Argument`] for a plan or data that cannot be used at all, a source that is not what the study began with, a
+/// target that shares images with it, a network to start from that has seen any of the images, or an `out` that already
+/// holds something; [`Error::File`] for files that cannot be read or written; [`Error::Device`];
+/// [`Error::Interrupted`], after saving. A run that fails otherwise is reported, and the others go on; if none succeeds,
+/// its error is returned. Nor does a target end a study that cannot be read when networks are tested on it: what it would
+/// have told is missing.
 pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Studied> {
     let path = args.out.join(MANIFEST);
     let before: Option<Manifest> = match args.resume && path.is_file() {

@@ -331,7 +331,9 @@ impl Material<'_> {
                     arm.metrics.segmentation.as_ref().map(|s| s.dice)
                 };
                 let what = target(set).map_or("–".to_owned(), |(found, described)| {
-                    format!("{} ({} images)", described.data, found.n)
+                    let mut parts = described.data.rsplit(['/', '\\', ':']);
+                    let last = parts.find(|part| !part.is_empty()).unwrap_or_default();
+                    format!("{last} ({} images)", found.n)
                 });
                 vec![
                     name.to_owned(),

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::protocol::{ABLATIONS, ARMS, DataSet, Method, Protocol, Run, Search};
 use super::{
-    State, Watch, claim, fits, folds, open, read_json, sweep, trained, unfit, untouched, write_json,
+    State, Watch, claim, fits, folds, open, read_json, sweep, trained, unfit, untouched,
+    watch_ramp, write_json,
 };
 use crate::data::image::write_atomically;
 use crate::error::{Error, Result};
