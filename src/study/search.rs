@@ -344,15 +344,17 @@ fn choice(plan: &Protocol, methods: &[Method], search: &Search) -> String {
     }
     let mut chosen = toml::Table::new();
     for method in methods {
-        let mut own = different(base, &method.config);
-        let known = ARMS.iter().map(|(name, _)| *name);
-        let mut known = known.chain(ABLATIONS.iter().map(|ablation| ablation.name));
-        // A name that says nothing needs the table to say what it is.
-        if let (false, Ok(arm)) = (
-            known.any(|name| name == method.name),
-            toml::Value::try_from(method.config.arm),
-        ) {
-            own.insert("arm".to_owned(), arm);
+        // What is no arm has its arm's table below its own, and if its name says nothing, it says its arm.
+        let is_arm = ARMS.iter().any(|(name, _)| *name == method.name);
+        let is_ablation = ABLATIONS.iter().any(|a| a.name == method.name);
+        let arm = ARMS.iter().find(|(_, arm)| *arm == method.config.arm);
+        let below = methods
+            .iter()
+            .find(|other| !is_arm && arm.is_some_and(|(name, _)| *name == other.name));
+        let below = below.map_or(base, |arm| &arm.config);
+        let mut own = different(below, &method.config);
+        if let (false, Some((name, _))) = (is_arm || is_ablation, arm) {
+            own.insert("arm".to_owned(), (*name).into());
         }
         chosen.insert(method.name.clone(), own.into());
     }
