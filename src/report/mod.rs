@@ -24,6 +24,7 @@ ul { padding-left: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 .caption { color: var(--soft); margin: 1rem 0 .2rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
 figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; display: block; }

@@ -1222,16 +1222,18 @@ fn alike(methods: &[Method]) -> String {
             differing.push(format!("{key} ({})", values.collect::<Vec<_>>().join(", ")));
         }
     }
-    if methods
+    let early = methods
         .iter()
-        .any(|method| method.config.early_stopping.patience > 0)
-    {
-        differing.push("the epoch after which early stopping ends".to_owned());
-    }
+        .any(|method| method.config.early_stopping.patience > 0);
+    let early = if early {
+        ", each up to where early stopping ended it"
+    } else {
+        ""
+    };
     match differing.is_empty() {
-        true => "Every method saw the same folds, steps and starting weights".to_owned(),
+        true => format!("Every method saw the same folds, starting weights and steps{early}"),
         false => format!(
-            "Every method saw the same folds, but they differ in {}, and steps or starting weights with them",
+            "Every method saw the same folds, but they differ in {}, and steps or starting weights with them{early}",
             differing.join(", ")
         ),
     }

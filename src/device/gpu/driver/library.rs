@@ -80,7 +80,10 @@ impl Refusal {
 
     /// Whether a kernel did something that ends all work of this process on the GPU, or its hardware did.
     pub(super) fn is_fatal(self) -> bool {
-        matches!(self.0 as u32, 214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721)
+        matches!(
+            self.0 as u32,
+            214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721
+        )
     }
 }
 
