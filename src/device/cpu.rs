@@ -216,6 +216,17 @@ impl<T: Element> Session<T> {
         }
     }
 
+    /// Runs all steps, letting `round` change the results of each before they are read: a device may store them in
+    /// fewer bits.
+    pub fn run_rounded(&mut self, mut round: impl FnMut(Var, &mut [T])) {
+        for index in 0..self.plan.steps().len() {
+            self.step(index);
+            for &output in &self.plan.steps()[index].outputs {
+                round(output, self.arena.slice_mut(self.plan.slot(output)));
+            }
+        }
+    }
+
     /// Runs all steps and returns the name of the first computed value with a NaN or infinity among its
     /// elements, in the order of the tape; stops there. What persists may be so from an earlier replay.
     pub fn run_checked(&mut self) -> Option<String> {
