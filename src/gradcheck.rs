@@ -13,6 +13,9 @@ use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+use crate::data::augment::{AugmentConfig, Augmenter};
+use crate::data::device;
+use crate::data::loader::{Pool, Request, Samples, Target};
 use crate::device::cpu::{Element, Session};
 use crate::device::gpu::{self, Gpu};
 use crate::error::{Error, Result};
@@ -60,6 +63,11 @@ impl Sampler {
             scale: 12,
             ..Self::new(seed)
         }
+    }
+
+    /// Whether this is [`Sampler::large`].
+    pub fn is_large(&self) -> bool {
+        self.scale > 1
     }
 
     /// The weights `r` and probes of a case, independent of what the case drew from the same seed.
@@ -791,6 +799,108 @@ pub fn check_optimizer(gpu: &Gpu, seed: u64) -> Result<Report> {
             .map(|problem| Failure {
                 seed,
                 description: "five steps".into(),
+                problem,
+            })
+            .collect(),
+    })
+}
+
+/// Checks the kernel that makes batches on a device: images and masks under every kind of change, drawn from `seed`,
+/// against the CPU's, from which no bit may differ.
+///
+/// # Errors
+/// As [`check_on`].
+pub fn check_augmentation(gpu: &Gpu, seed: u64) -> Result<Report> {
+    // Several tiles of the kernel, and partial ones.
+    const SIZE: usize = 68;
+    const PIXELS: usize = SIZE * SIZE;
+    const BATCH: usize = 3;
+    let mut sampler = Sampler::new(seed);
+    let mut noise = || -> Vec<u8> {
+        let mut plane = vec![0; PIXELS];
+        sampler.rng.fill(&mut plane[..]);
+        plane
+    };
+    let mut pool = Pool::new(SIZE);
+    for _ in 0..4 {
+        let target = Target {
+            label: 0.0,
+            weight: 1.0,
+        };
+        pool.push(&noise(), &noise(), target)?;
+    }
+    let config = AugmentConfig {
+        p_affine: 1.0,
+        p_elastic: 1.0,
+        p_gamma: 1.0,
+        p_contrast: 1.0,
+        p_speckle: 1.0,
+        p_blur: 1.0,
+        p_depth_gain: 1.0,
+        ..AugmentConfig::default()
+    };
+    let request = Request {
+        epoch: seed % 1000,
+        indices: vec![2, 0, 3],
+    };
+    let mut cpu = Augmenter::new(config, SIZE)?;
+    let mut expected = [vec![0.0; BATCH * PIXELS], vec![0.0; BATCH * PIXELS]];
+    let [images, masks] = &mut expected;
+    let (mut image, mut mask) = (vec![0; PIXELS], vec![0; PIXELS]);
+    let places = images
+        .chunks_mut(PIXELS)
+        .zip(masks.chunks_mut(PIXELS))
+        .zip(&request.indices);
+    for ((images, masks), &index) in places {
+        pool.read(index, &mut image, &mut mask)?;
+        let key = Augmenter::key(seed, request.epoch, index);
+        cpu.apply(key, &image, &mask, images, masks);
+    }
+    let mut on_device = device::Augmenter::new(gpu, &pool, BATCH, seed, Some(config))?;
+    let storages: &[bool] = if gpu.has_bf16() {
+        &[false, true]
+    } else {
+        &[false]
+    };
+    let mut outcome = Outcome::default();
+    for &narrow in storages {
+        let mut tape = Tape::new();
+        let vars =
+            ["images", "masks"].map(|name| tape.input(name, Shape::new(BATCH, SIZE, SIZE, 1)));
+        for var in vars {
+            tape.keep(var);
+            tape.narrow(var);
+        }
+        let mut session = gpu::Session::new(gpu, Plan::new(&tape, Options::gpu(narrow))?)?;
+        on_device.make(&mut session, vars, &request)?;
+        for (var, expected) in vars.into_iter().zip(&expected) {
+            for (element, (&found, &made)) in session.read(var)?.iter().zip(expected).enumerate() {
+                let made = match narrow {
+                    true => half::bf16::from_f32(made).to_f32(),
+                    false => made,
+                };
+                let (analytic, numeric) = (f64::from(found), f64::from(made));
+                outcome.add((analytic - numeric).abs(), 1.0, 0.0, || Mismatch {
+                    input: "output",
+                    element,
+                    analytic,
+                    numeric,
+                    largest: 1.0,
+                });
+            }
+        }
+    }
+    let problem = outcome.mismatch.map(Problem::Mismatch);
+    Ok(Report {
+        op: "augment",
+        cases: 1,
+        compared: outcome.compared,
+        worst: outcome.worst,
+        failures: problem
+            .into_iter()
+            .map(|problem| Failure {
+                seed,
+                description: "a batch".into(),
                 problem,
             })
             .collect(),

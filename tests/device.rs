@@ -6,7 +6,7 @@ use echograd::device::gpu::{self, Gpu};
 use echograd::gradcheck::{self, Sampler};
 use echograd::ops::examples;
 use echograd::ops::pointwise::{Add, Mul, Scale, SumTo};
-use echograd::ops::{Kernel, Op, registry};
+use echograd::ops::{Kernel, Op, device_registry, registry};
 use echograd::profile;
 use echograd::tape::{Kind, Options, Plan, Tape, Var};
 use echograd::tensor::{Real, Shape};
@@ -45,6 +45,48 @@ fn larger_problems_fill_several_blocks() {
                 assert!(worst.is_none(), "{name} ({what}): {worst:?}");
             }
         }
+    }
+}
+
+#[test]
+fn what_only_devices_are_checked_on_agrees_with_the_cpu() {
+    for entry in device_registry() {
+        let gpu = Gpu::emulator().unwrap();
+        let report = gradcheck::check_operation(&entry, 8_000, 4, Some(&gpu)).unwrap();
+        let (name, failures) = (entry.name, report.failures);
+        assert!(failures.is_empty(), "{name}: {failures:#?}");
+        assert!(report.compared > 0, "{name}");
+    }
+    let report = gradcheck::check_augmentation(&Gpu::emulator().unwrap(), 5).unwrap();
+    assert!(report.failures.is_empty(), "{:#?}", report.failures);
+    assert_eq!(report.compared, 2 * 2 * 3 * 68 * 68);
+}
+
+/// Problems of wide convolutions are some for the tiles that training takes.
+#[test]
+fn wide_convolutions_take_wide_tiles() {
+    let entry = device_registry()
+        .into_iter()
+        .find(|e| e.name == "conv2d_wide")
+        .unwrap();
+    let gpu = Gpu::emulator().unwrap();
+    let mut names = Vec::new();
+    for seed in 0..20 {
+        for mut sampler in [Sampler::new(seed), Sampler::large(seed)] {
+            let mut d = gradcheck::differentiate(&(entry.case)(&mut sampler)).unwrap();
+            d.outputs.iter().for_each(|&y| d.tape.keep(y));
+            let plan = Plan::new(&d.tape, Options::gpu(true)).unwrap();
+            let session = gpu::Session::new(&gpu, plan).unwrap();
+            let launches = session.launches().iter();
+            names.extend(launches.map(|launch| launch.function.name.to_string()));
+        }
+    }
+    for kernel in [
+        "conv_128x128_bf16",
+        "conv_128x64_bf16",
+        "conv_weight_gradient_128x128_bf16",
+    ] {
+        assert!(names.iter().any(|name| name == kernel), "{kernel}");
     }
 }
 

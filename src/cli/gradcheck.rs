@@ -10,9 +10,10 @@ use super::progress::Console;
 use crate::device::gpu::Gpu;
 use crate::error::{Error, Result};
 use crate::gradcheck::{
-    DEVICE_TOLERANCE, Problem, Report, TOLERANCE, check_operation, check_optimizer,
+    DEVICE_TOLERANCE, Problem, Report, TOLERANCE, check_augmentation, check_operation,
+    check_optimizer,
 };
-use crate::ops::{Entry, registry};
+use crate::ops::{Entry, device_registry, registry};
 use crate::train::config::Device;
 use crate::train::{Report as _, stop};
 
@@ -23,14 +24,15 @@ use crate::train::{Report as _, stop};
 /// thousandth of the largest one. On another device the same problems are run by its kernels, in f32 and in bf16, and
 /// every output and gradient is compared with the CPU's in double precision; a second run and a captured graph must give
 /// the same bits. The last line counts the operations that passed and failed; those that the device has no kernels for
-/// are listed before it; the optimizer, which has no gradient, is run for several steps there.
+/// are listed before it. Operations of inference, wide convolutions, augmentation and several steps of the optimizer are
+/// checked there alone.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Where to run the operations
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
     /// Check this operation alone
-    #[arg(long, value_name = "NAME", value_parser = operation)]
+    #[arg(long, value_name = "NAME", value_parser = checked)]
     op: Option<Operation>,
     /// Random problems for each operation
     #[arg(long, value_name = "N", help = "Random problems for each operation [default: 200, on the emulator 20]", value_parser = clap::value_parser!(u64).range(1..))]
@@ -54,9 +56,18 @@ impl Operation {
     }
 }
 
-/// Finds an operation, or says which name is meant.
+/// Finds an operation of the registry.
 pub(super) fn operation(name: &str) -> Result<Operation, String> {
-    let registry = registry();
+    find(name, registry())
+}
+
+/// Finds what can be checked on a device.
+fn checked(name: &str) -> Result<Operation, String> {
+    find(name, [registry(), device_registry()].concat())
+}
+
+/// Finds an operation, or says which name is meant.
+fn find(name: &str, registry: Vec<Entry>) -> Result<Operation, String> {
     if let Some(entry) = registry.iter().find(|entry| entry.name == name) {
         return Ok(Operation(*entry));
     }
@@ -94,10 +105,17 @@ impl Args {
             Device::Emulator => 20,
             Device::Cpu | Device::Cuda => 200,
         });
-        let entries = match &self.op {
-            Some(Operation(entry)) => vec![*entry],
-            None => registry(),
-        };
+        let mut entries = registry();
+        if gpu.is_some() {
+            entries.extend(device_registry());
+        }
+        if let Some(Operation(wanted)) = &self.op {
+            entries.retain(|entry| entry.name == wanted.name);
+            if entries.is_empty() {
+                let problem = format!("{} needs --device cuda or emulator", wanted.name);
+                return Err(Error::argument("--op", problem).into());
+            }
+        }
         let interrupt = super::interrupt()?;
         let (console, done) = (Console::default(), AtomicU64::new(0));
         let check = |gpu: Option<&Gpu>, entry: &Entry| {
@@ -131,6 +149,7 @@ impl Args {
         }
         if let (Some(gpu), None) = (&gpu, &self.op) {
             reports.push(check_optimizer(gpu, self.seed)?);
+            reports.push(check_augmentation(gpu, self.seed)?);
         }
         drop(console);
         let failed = reports.iter().filter(|r| !r.failures.is_empty()).count();
@@ -173,7 +192,7 @@ fn print(reports: &[Report], device: Device) -> Result<()> {
         "numbers"
     };
     outln!(
-        "{:<18} {:>6} {:>12} {:>12}",
+        "{:<26} {:>6} {:>12} {:>12}",
         "operation",
         "cases",
         compared,
@@ -186,7 +205,7 @@ fn print(reports: &[Report], device: Device) -> Result<()> {
             "FAILED"
         };
         outln!(
-            "{:<18} {:>6} {:>12} {:>12.1e}  {verdict}",
+            "{:<26} {:>6} {:>12} {:>12.1e}  {verdict}",
             r.op,
             r.cases,
             r.compared,

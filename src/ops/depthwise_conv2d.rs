@@ -1029,6 +1029,17 @@ pub(super) fn norm_case(s: &mut Sampler) -> Case {
     norm::case_of_batch(s, op, x, Shape::new(c, kernel, kernel, 1))
 }
 
+/// A depthwise convolution with all that follows it in inference.
+pub(super) fn inference_case(s: &mut Sampler) -> Case {
+    let (kernel, stride) = (2 * s.size(0, 2) + 1, s.size(1, 2));
+    let (n, c) = (s.size(1, 3), s.extent(1, 9));
+    let x = Shape::new(n, s.extent(1, 6), s.extent(1, 6), c);
+    let conv = DepthwiseConv2d::new(stride, kernel / 2);
+    super::conv2d::inference_case(s, x, Shape::new(c, kernel, kernel, 1), |activation| {
+        DepthwiseConv2dBias { conv, activation }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -300,6 +300,33 @@ pub fn registry() -> Vec<Entry> {
     ]
 }
 
+/// What is checked on devices beside [`registry`]: operations of inference, which have no gradient, and sizes at which
+/// finite differences would take too long.
+pub fn device_registry() -> Vec<Entry> {
+    let entry = |name, summary, case| Entry {
+        name,
+        summary,
+        case,
+    };
+    vec![
+        entry(
+            "conv2d_wide",
+            "x ∗ w of many channels",
+            conv2d::conv2d_wide_case,
+        ),
+        entry(
+            "conv2d_inference",
+            "activation of x ∗ w + b",
+            conv2d::conv2d_inference_case,
+        ),
+        entry(
+            "depthwise_conv2d_inference",
+            "as conv2d_inference, each channel by itself",
+            depthwise_conv2d::inference_case,
+        ),
+    ]
+}
+
 /// Applies an operation with one output once.
 #[cfg(test)]
 pub(crate) fn apply<T: crate::device::cpu::Element>(

@@ -429,6 +429,55 @@ pub(super) fn conv2d_bias_case(s: &mut Sampler) -> Case {
     .with("b", b, s.values(b.len(), -1.0, 1.0))
 }
 
+/// Channels that fill wide tiles, few on one side so that the CPU is done in time; in a large case, of one tap, enough
+/// pixels for the widest.
+pub(super) fn conv2d_wide_case(s: &mut Sampler) -> Case {
+    let kernel = if s.is_large() {
+        1
+    } else {
+        2 * s.size(0, 1) + 1
+    };
+    let many = if s.chance(0.6) { (65, 128) } else { (33, 160) };
+    let mut channels = [s.size(1, 8), s.size(many.0, many.1)];
+    if s.chance(0.5) {
+        channels.reverse();
+    }
+    let [c, out] = channels;
+    let (low, high) = if s.is_large() { (128, 136) } else { (1, 24) };
+    let x = Shape::new(2, s.size(low, high), s.size(low, high), c);
+    let w = Shape::new(out, kernel, kernel, c);
+    case(s, Conv2d::new(1, kernel / 2), x, w)
+}
+
+/// A convolution with all that follows it in inference.
+pub(super) fn conv2d_inference_case(s: &mut Sampler) -> Case {
+    let (kernel, stride) = (2 * s.size(0, 1) + 1, s.size(1, 2));
+    let (n, c, out) = (s.size(1, 3), s.size(1, 9), s.extent(1, 8));
+    let x = Shape::new(n, s.extent(1, 6), s.extent(1, 6), c);
+    let conv = Conv2d::new(stride, kernel / 2);
+    inference_case(s, x, Shape::new(out, kernel, kernel, c), |activation| {
+        Conv2dBias { conv, activation }
+    })
+}
+
+/// An operation on `x`, `w` and a bias, without a gradient.
+pub(super) fn inference_case<O: Op + Copy + 'static>(
+    s: &mut Sampler,
+    x: Shape,
+    w: Shape,
+    op: impl Fn(Activation) -> O,
+) -> Case {
+    let op = op([Activation::Identity, Activation::Relu, Activation::Silu][s.size(0, 2)]);
+    let b = Shape::per_channel(w.n);
+    Case::new(format!("{x} ∗ {w} + b, {op:?}"), move |t, v| {
+        Ok(vec![t.push(op, v)?])
+    })
+    .with_constant("x", x, s.values(x.len(), -1.0, 1.0))
+    .narrow()
+    .with_constant("w", w, s.narrow_values(w.len(), -1.0, 1.0))
+    .with_constant("b", b, s.values(b.len(), -1.0, 1.0))
+}
+
 pub(super) fn linear_case(s: &mut Sampler) -> Case {
     let (n, c, out) = (s.size(1, 5), s.size(1, 9), s.size(1, 5));
     let w = Shape::new(out, 1, 1, c);
