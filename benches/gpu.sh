@@ -7,7 +7,7 @@
 #
 # - Correctness: every kernel against the CPU's code, twice for equal bits, and by graph replay (`gradcheck --device
 #   cuda`); compute-sanitizer's four tools over a smaller run of the same; two short trainings, and one that was
-#   interrupted and resumed, with equal bits.
+#   interrupted and resumed, with equal bits; an epoch in f32 and its evaluation, as on the CPU (benches/alike.py).
 # - Speed: the feature block as `echograd profile` measures it, at the shapes that the peers are measured at, PyTorch's eager and compiled versions of it and the copy
 #   bandwidth (benches/peers/features_gpu.py); whole training steps of `unet` and `efficientnet-b1` and PyTorch's
 #   (benches/peers/step_gpu.py); each of their convolutions and cuDNN's (benches/peers/conv_gpu.py).
@@ -55,12 +55,17 @@ step() {
 
 step doctor "$echograd" doctor --json
 step gradcheck "$echograd" gradcheck --device cuda
+# Seed 4 draws large problems.
 for tool in memcheck racecheck initcheck synccheck; do
     options=(--tool "$tool" --error-exitcode 1)
     # The program asks the driver for what may not be there (a kernel's parameters until there are no more, a name in
     # one module after another), and a no is an answer, not an error; those that are, it reports itself.
     if [[ $tool == memcheck ]]; then options+=(--report-api-errors no); fi
-    step "$tool" compute-sanitizer "${options[@]}" "$echograd" gradcheck --device cuda --cases 2
+    step "$tool" compute-sanitizer "${options[@]}" "$echograd" gradcheck --device cuda --seed 4 --cases 2
+done
+# Tiles that small problems do not fill, and results against the CPU's.
+for shape in 8,64,64,128 16,64,64,64; do
+    step "conv2d_$shape" "$echograd" profile --device cuda --op conv2d --shape "$shape" --iters 50 --json --dtype bf16
 done
 for shape in 256,256,256,1 64,256,256,1 16,256,256,1 256,128,128,1; do
     for dtype in f32 bf16; do
@@ -99,6 +104,16 @@ interrupted() {
 step run_3 interrupted
 step repeated cmp "$logs/run_1/last.safetensors" "$logs/run_2/last.safetensors"
 step resumed cmp "$logs/run_1/last.safetensors" "$logs/run_3/last.safetensors"
+# An epoch in f32, and one run's evaluation, on the GPU and on the CPU: sums in another order move the weights apart.
+full=(--data "busi:$data" --preset efficientnet-b1 --size 128 --epochs 1 --set precision=f32)
+for device in cpu cuda; do
+    step "epoch_$device" "$echograd" train "${full[@]}" --device $device --out "$logs/epoch_$device"
+    step "evaluated_$device" "$echograd" evaluate "$logs/epoch_cpu" --data "busi:$data" --include-training \
+        --device $device --out "$logs/evaluated_$device"
+done
+step epoch_alike "$python" benches/alike.py "$logs"/epoch_{cpu,cuda}/metrics.csv \
+    loss,cross_entropy,dice_loss,classification,gradient_norm 0.01
+step evaluated_alike "$python" benches/alike.py "$logs"/evaluated_{cpu,cuda}/per_image.csv p,phi,margin 0.001
 
 source=${SOURCE:-${ECHOGRAD_DATA:+breast:$ECHOGRAD_DATA/BrEaST}}
 target=${TARGET:-${ECHOGRAD_DATA:+busi:$ECHOGRAD_DATA/BUSI}}
