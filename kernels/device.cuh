@@ -23,12 +23,13 @@ struct SharedType<T, Size, Sizes...> {
 };
 
 // SHARED(float, tile, 32, 33): an array float tile[32][33] of the block, aligned to 16 bytes.
-// DYNAMIC_SHARED(float, rows): a float* to the launch's dynamic shared memory, aligned to 128.
+// DYNAMIC_SHARED(float, rows): a float* to the launch's dynamic shared memory, aligned to 1024, in which every
+// swizzle of wgmma repeats.
 #if !ECHOGRAD_EMULATOR
 #define SHARED(type, name, ...) \
     __shared__ __align__(16) typename SharedType<type, __VA_ARGS__>::Type name
-#define DYNAMIC_SHARED(type, name)                                   \
-    extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+#define DYNAMIC_SHARED(type, name)                                    \
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared)
 #else
 #define SHARED(type, name, ...)                                                                  \
@@ -469,4 +470,138 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4], 
     ECHOGRAD_MMA(Tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 #undef ECHOGRAD_MMA
+#endif
+
+// ---- wgmma (sm_90a): products of matrices in shared memory, by a warpgroup ----
+//
+// A warpgroup is four warps, the first of a number divisible by four. Its products are under way by themselves until
+// they are waited for: meanwhile neither their sums nor what they read may be touched. They see shared memory by
+// another way (proxy) than threads: whoever wrote what they read calls async_proxy_fence before the barrier.
+
+#if ECHOGRAD_EMULATOR || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define ECHOGRAD_WGMMA 1
+
+// What wgmma wants to know of a matrix of 16-bit elements in shared memory. Its eights of rows of Swizzle bytes (64
+// or 128), rows of k or, transposed, of the other index, lie without gaps, at a multiple of 8·Swizzle bytes, and the
+// vector v of 16 bytes of row r at v ^ (r·Swizzle / 128 % (Swizzle / 16)): those bits of the address decide.
+//
+//     bits  0–13  address in shared memory             each of the three in units of 16 bytes
+//          16–29  leading: from one block of Swizzle bytes to the next along the index that lies along rows
+//                 (rows of k have one block, and leading no meaning)
+//          32–45  stride: from one eight of rows to the next
+//          49–51  0: patterns of the swizzle begin at multiples of their size
+//          62–63  1 for rows of 128 bytes, 2 for 64
+//
+// As of the PTX ISA, "Matrix Descriptor" and "Strides" of wgmma. The next 16 of k are 32 bytes, or transposed two
+// eights of rows, further on: added to the address alone.
+template <int Swizzle>
+__device__ __forceinline__ unsigned long long wgmma_matrix(const void* start, int leading, int stride) {
+    static_assert(Swizzle == 64 || Swizzle == 128, "the swizzles in use");
+#if ECHOGRAD_EMULATOR
+    const unsigned address = emulator::shared_address(start);
+#else
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(start));
+#endif
+    const unsigned low = address / 16 | static_cast<unsigned>(leading / 16) << 16;
+    const unsigned high = static_cast<unsigned>(stride / 16) | (Swizzle == 128 ? 1u : 2u) << 30;
+    return static_cast<unsigned long long>(high) << 32 | low;
+}
+
+// Lets products that begin behind the next barrier see what this thread has written to shared memory.
+__device__ __forceinline__ void async_proxy_fence() {
+#if ECHOGRAD_EMULATOR
+    emulator::async_proxy_fence();
+#else
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Goes before products whose sums their threads have touched since the last wait.
+__device__ __forceinline__ void wgmma_fence() {
+#if ECHOGRAD_EMULATOR
+    emulator::wgmma_fence(emulator::Where::current());
+#else
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Closes the group of the products begun since the last one.
+__device__ __forceinline__ void wgmma_commit() {
+#if ECHOGRAD_EMULATOR
+    emulator::wgmma_commit(emulator::Where::current());
+#else
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until at most Pending groups are under way.
+template <int Pending>
+__device__ __forceinline__ void wgmma_wait() {
+#if ECHOGRAD_EMULATOR
+    emulator::wgmma_wait(Pending, emulator::Where::current());
+#else
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Sums that the compiler is to move past neither wgmma_fence nor wgmma_wait.
+template <int Count>
+__device__ __forceinline__ void hold([[maybe_unused]] float (&sums)[Count][4]) {
+#if !ECHOGRAD_EMULATOR
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) asm volatile("" : "+f"(sums[i][k])::"memory");
+    }
+#endif
+}
+
+#if !ECHOGRAD_EMULATOR
+#define ECHOGRAD_NUMBERS_32                                                                        \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ECHOGRAD_NUMBERS_64                                                                        \
+    ECHOGRAD_NUMBERS_32 ", "                                                                       \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define ECHOGRAD_SUMS_4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define ECHOGRAD_SUMS_32(i)                                                                           \
+    ECHOGRAD_SUMS_4(i), ECHOGRAD_SUMS_4(i + 1), ECHOGRAD_SUMS_4(i + 2), ECHOGRAD_SUMS_4(i + 3),       \
+        ECHOGRAD_SUMS_4(i + 4), ECHOGRAD_SUMS_4(i + 5), ECHOGRAD_SUMS_4(i + 6), ECHOGRAD_SUMS_4(i + 7)
+// Behind the sums: the matrices, that the sums are added to and nothing is negated, and which are transposed.
+#define ECHOGRAD_WGMMA_OPERANDS(a, b, transposed) \
+    "}, %" #a ", %" #b ", 1, 1, 1, %" #transposed ", %" #transposed ";"
+#endif
+
+// d (64×Columns) += a (64×16) · b (16×Columns), bf16, of matrices with rows of k or, transposed, of the other index.
+// Warp w of the group has rows 16w to 16w + 15; d[j] are a lane's of columns 8j to 8j + 7, as of mma_bf16.
+template <int Columns, bool Transposed = false>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[Columns / 8][4], unsigned long long a,
+                                           unsigned long long b) {
+    static_assert(Columns == 64 || Columns == 128, "the widths in use");
+#if ECHOGRAD_EMULATOR
+    emulator::wgmma(&d[0][0], Columns, a, b, Transposed, emulator::Where::current());
+#else
+    if constexpr (Columns == 64) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" ECHOGRAD_NUMBERS_32
+                     ECHOGRAD_WGMMA_OPERANDS(32, 33, 34)
+                     : ECHOGRAD_SUMS_32(0)
+                     : "l"(a), "l"(b), "n"(static_cast<int>(Transposed)));
+    } else {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" ECHOGRAD_NUMBERS_64
+                     ECHOGRAD_WGMMA_OPERANDS(64, 65, 66)
+                     : ECHOGRAD_SUMS_32(0), ECHOGRAD_SUMS_32(8)
+                     : "l"(a), "l"(b), "n"(static_cast<int>(Transposed)));
+    }
+#endif
+}
+#if !ECHOGRAD_EMULATOR
+#undef ECHOGRAD_NUMBERS_32
+#undef ECHOGRAD_NUMBERS_64
+#undef ECHOGRAD_SUMS_4
+#undef ECHOGRAD_SUMS_32
+#undef ECHOGRAD_WGMMA_OPERANDS
+#endif
+#else
+#define ECHOGRAD_WGMMA 0
 #endif

@@ -232,6 +232,138 @@ fn fragments_of_tf32_and_f16() -> Result<()> {
     Ok(())
 }
 
+/// How a matrix of 64 rows and 16 of k may lie in shared memory, by the figures of the PTX manual ("Shared Memory Matrix
+/// Layout" of wgmma): mode of the swizzle, rows of the other index than k, strides in bytes, and where an element is.
+struct Layout {
+    mode: u64,
+    transposed: bool,
+    leading: u64,
+    stride: u64,
+    place: fn(usize, usize) -> usize,
+}
+
+/// Rows of k, with the eights of rows one after another: of 128, 64, 32 bytes, and blocks of 8 rows of 16 bytes.
+/// Rows of the other index, likewise.
+const LAYOUTS: [Layout; 7] = [
+    Layout {
+        mode: 1,
+        transposed: false,
+        leading: 16,
+        stride: 1024,
+        place: |row, k| row * 128 + ((k / 8) ^ (row % 8)) * 16 + k % 8 * 2,
+    },
+    Layout {
+        mode: 2,
+        transposed: false,
+        leading: 16,
+        stride: 512,
+        place: |row, k| row * 64 + ((k / 8) ^ (row / 2 % 4)) * 16 + k % 8 * 2,
+    },
+    Layout {
+        mode: 3,
+        transposed: false,
+        leading: 16,
+        stride: 256,
+        place: |row, k| row * 32 + ((k / 8) ^ (row / 4 % 2)) * 16 + k % 8 * 2,
+    },
+    Layout {
+        mode: 0,
+        transposed: false,
+        leading: 128,
+        stride: 256,
+        place: |row, k| row / 8 * 256 + k / 8 * 128 + row % 8 * 16 + k % 8 * 2,
+    },
+    Layout {
+        mode: 1,
+        transposed: true,
+        leading: 4096,
+        stride: 1024,
+        place: |row, k| k * 128 + ((row / 8) ^ (k % 8)) * 16 + row % 8 * 2,
+    },
+    Layout {
+        mode: 2,
+        transposed: true,
+        leading: 1024,
+        stride: 512,
+        place: |row, k| row / 32 * 1024 + k * 64 + ((row / 8 % 4) ^ (k / 2 % 4)) * 16 + row % 8 * 2,
+    },
+    Layout {
+        mode: 0,
+        transposed: true,
+        leading: 1024,
+        stride: 128,
+        place: |row, k| k / 8 * 1024 + row / 8 * 128 + k % 8 * 16 + row % 8 * 2,
+    },
+];
+
+#[test]
+#[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
+fn warpgroups_read_matrices_as_descriptors_say() {
+    const B: usize = 8192;
+    let (a, b) = (numbers(64 * 16, 12), numbers(16 * 64, 13));
+    let expected = product(&a, &b, 64, 64, 16);
+    for (number, layout) in LAYOUTS.iter().enumerate() {
+        let mut image = vec![0x7fff_u16; 8192];
+        for row in 0..64 {
+            for k in 0..16 {
+                image[(layout.place)(row, k) / 2] = to_bf16(a[row * 16 + k]);
+                image[(B + (layout.place)(row, k)) / 2] = to_bf16(b[k * 64 + row]);
+            }
+        }
+        let run = |mode: u64, leading: u64, stride: u64, transposed: bool| {
+            let (from, to) = (Buffer::from_slice(&image)?, Buffer::new(4 * 64 * 64)?);
+            let left = ((leading / 16) << 16) | ((stride / 16) << 32) | (mode << 62);
+            let right = left + B as u64 / 16;
+            let (pf, pt, transposed) = (from.address(), to.address(), i32::from(transposed));
+            launch!(
+                "selftest_wgmma",
+                [1, 1, 1],
+                [128, 1, 1],
+                16_384,
+                pf,
+                left,
+                right,
+                transposed,
+                pt
+            )?;
+            Ok::<_, echograd::Error>(to.to_vec::<f32>())
+        };
+        let Layout {
+            mode,
+            transposed,
+            leading,
+            stride,
+            ..
+        } = *layout;
+        under_seeds(|| {
+            let found = run(mode, leading, stride, transposed)?;
+            assert_eq!(found, expected, "layout {number}");
+            Ok(())
+        });
+        // Rows of one block have no leading stride.
+        let wrong = (0..4)
+            .map(|other| (other, leading, stride, transposed))
+            .filter(|wrong| wrong.0 != mode)
+            .chain([
+                (mode, leading, 2 * stride, transposed),
+                (mode, leading, stride, !transposed),
+            ])
+            .chain((mode == 0 || mode == 2 && transposed).then_some((
+                mode,
+                2 * leading,
+                stride,
+                transposed,
+            )));
+        for (mode, leading, stride, transposed) in wrong {
+            let found = run(mode, leading, stride, transposed);
+            assert!(
+                !found.is_ok_and(|found| found == expected),
+                "layout {number} as {mode}, {leading}, {stride}, {transposed}"
+            );
+        }
+    }
+}
+
 #[test]
 #[cfg_attr(not(echograd_emulator), ignore = "built without a C++20 compiler")]
 fn rounding_of_bf16_and_tf32() -> Result<()> {
@@ -335,7 +467,7 @@ fn votes_of_a_block() {
 /// Threads of each pair of kernels in kernels/selftest/planted.cu, texts of which the report of its bad
 /// one must contain one, and the line that it must name. Without a barrier a thread may as well find
 /// what nobody has written yet as what somebody is writing.
-const PLANTED: [(&str, u32, &[&str], &str); 14] = [
+const PLANTED: [(&str, u32, &[&str], &str); 21] = [
     (
         "block_barrier",
         128,
@@ -410,6 +542,51 @@ const PLANTED: [(&str, u32, &[&str], &str); 14] = [
         &["misaligned: the source of cp.async"],
         "cp_async<16>(&tile[4 * i]",
     ),
+    (
+        "product_wait",
+        128,
+        &["race: reads a sum of a wgmma"],
+        "y[i] = sums[0][0]",
+    ),
+    (
+        "product_proxy",
+        128,
+        &["no fence of the async proxy"],
+        "wgmma_bf16<64>(sums",
+    ),
+    (
+        "product_fence",
+        128,
+        &["race: a wgmma without wgmma.fence"],
+        "wgmma_bf16<64>(sums",
+    ),
+    (
+        "product_barrier",
+        128,
+        &["race: ", "uninitialised: "],
+        "wgmma_bf16<64>(sums",
+    ),
+    (
+        "product_reuse",
+        128,
+        &["which a wgmma that is under way reads"],
+        "reinterpret_cast<bf16*>(stage)[place] =",
+    ),
+    (
+        "product_pattern",
+        128,
+        &["in none of the first rows of its pattern"],
+        "wgmma_bf16<64>(sums",
+    ),
+    (
+        "product_warp",
+        128,
+        &[
+            "divergence: returns after 0 of the 1 wgmma",
+            "divergence: calls the 1th wgmma",
+        ],
+        "wgmma_bf16<64>(sums",
+    ),
 ];
 
 fn planted(name: &str, threads: u32) -> Result<()> {
@@ -423,7 +600,8 @@ fn planted(name: &str, threads: u32) -> Result<()> {
         Buffer::new(4 * count)?,
     );
     let (px, py) = (x.address(), y.address());
-    launch!(name, [1, 1, 1], [threads, 1, 1], 0, px, py)
+    let shared = if name.contains("product") { 8192 } else { 0 };
+    launch!(name, [1, 1, 1], [threads, 1, 1], shared, px, py)
 }
 
 #[test]

@@ -96,6 +96,14 @@ void cp_async_wait(int pending_groups);
 ECHOGRAD_CALL void ldmatrix(unsigned* fragments, int matrices, bool transpose, const void* row, Where where);
 // D += A·B on one warp: 16×8×16 for 16-bit elements, 16×8×8 for tf32.
 ECHOGRAD_CALL void mma(Element element, float* d, const unsigned* a, const unsigned* b, Where where);
+// An address as wgmma's descriptors have it.
+unsigned shared_address(const void* shared);
+void async_proxy_fence();
+ECHOGRAD_CALL void wgmma_fence(Where where);
+// D += A·B of bf16 on a warpgroup, 64×columns×16, matrices by their descriptors; `d` is read and written until the wait.
+ECHOGRAD_CALL void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool transposed, Where where);
+ECHOGRAD_CALL void wgmma_commit(Where where);
+ECHOGRAD_CALL void wgmma_wait(int pending_groups, Where where);
 
 template <class T>
 uint64_t to_bits(T value) {

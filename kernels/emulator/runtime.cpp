@@ -33,12 +33,14 @@ namespace emulator {
 namespace {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kWarpgroup = 4;  // warps
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kSharedLimit = 227 * 1024;  // per block, from compute capability 9.0 on
 constexpr size_t kStaticLimit = 48 * 1024;
 constexpr size_t kLine = 128;  // arrays start on one, and never share one
+constexpr size_t kFirst = 1024;  // where dynamic shared memory starts, aligned as DYNAMIC_SHARED says and no further
 constexpr size_t kMaxArrays = 64;
-constexpr size_t kArena = kSharedLimit / kLine * kLine + 2 * kLine * (kMaxArrays + 1);
+constexpr size_t kArena = kFirst + kSharedLimit / kLine * kLine + 2 * kLine * (kMaxArrays + 1);
 #ifdef ECHOGRAD_ADDRESS
 constexpr size_t kStack = 256 * 1024;
 #else
@@ -196,6 +198,16 @@ struct Copy {
     bool moved;
 };
 
+// A product of wgmma that is under way, as far as one warp is concerned.
+struct Product {
+    float* sums[kWarp];
+    uint64_t a, b;
+    int columns;
+    bool transposed, done;
+    unsigned group;
+    const void* at;
+};
+
 struct Warp;
 
 struct Thread {
@@ -219,6 +231,8 @@ struct Thread {
     // cp.async
     std::vector<Copy> copies;
     unsigned groups = 0;  // committed
+    // Of each fence of the async proxy the stretch between two block barriers that it was in.
+    std::vector<unsigned> fences;
 #ifdef ECHOGRAD_ADDRESS
     void* fake_stack = nullptr;
 #endif
@@ -247,6 +261,10 @@ struct Warp {
     // between two block barriers; time 0 is "not at all".
     unsigned time = 0;
     unsigned clock[kWarp][kWarp];
+    // wgmma: products not waited for, groups committed, products begun, and whether there was a fence since the last wait.
+    std::vector<Product> products;
+    unsigned groups_of_products = 0, begun = 0;
+    bool fenced = false;
 };
 
 struct Array {
@@ -265,6 +283,8 @@ struct Cell {
     unsigned read_stamp = 0, read_time = 0, read_at = 0;
     unsigned readers = 0;  // lanes of `read_warp` not ordered among themselves
     unsigned char read_warp = 0, read_elsewhere = 0;
+    unsigned short products = 0;  // under way that read it, once for each warp
+    unsigned fences = 0;          // of its writer before it wrote
 };
 
 struct Image {
@@ -312,6 +332,8 @@ struct Worker {
     std::vector<Stack*> spare;
     std::vector<Thread> threads = std::vector<Thread>(kMaxThreads);
     std::vector<Warp> warps = std::vector<Warp>(kMaxThreads / kWarp);
+    // What the warps of each warpgroup have begun, in order: all the same.
+    std::vector<Product> begun[kMaxThreads / kWarp / kWarpgroup];
     Warp* by_rank[kWarp];
     unsigned ready = 0;  // bit r: the warp of rank r has a runnable lane
     unsigned size = 0, alive = 0, waiting = 0;
@@ -335,7 +357,7 @@ struct Worker {
 #endif
 
     Worker() {
-        shared = static_cast<char*>(aligned_alloc(kLine, kArena));
+        shared = static_cast<char*>(aligned_alloc(2 * kFirst, (kArena / kFirst + 2) / 2 * 2 * kFirst));
 #ifdef ECHOGRAD_CHECKED
         cells.resize(kArena);
 #endif
@@ -369,6 +391,7 @@ struct Worker {
     void block_thread();
     [[noreturn]] void deadlock();
     void release_barrier();
+    void leave_products();
     size_t place(const void* identity, const char* name, size_t bytes, Where where);
 };
 
@@ -434,6 +457,7 @@ void fiber_main() {
         __tsan_acquire(&w.begin_sync);
 #endif
         w.launch->entry->run(w.launch->arguments);
+        w.leave_products();
 #ifdef ECHOGRAD_THREAD
         __tsan_release(&w.end_sync);
 #endif
@@ -671,6 +695,10 @@ void check_shared(Worker& w, size_t offset, size_t bytes, bool write, bool atomi
             w.fail(at, nullptr, "uninitialised: %s byte %zu of shared array %s, which nobody has written yet",
                    verb, element, name);
         }
+        if (write && cell->products != 0) {
+            w.fail(at, address_of(cell->read_at),
+                   "race: %s byte %zu of shared array %s, which a wgmma that is under way reads", verb, element, name);
+        }
         if (written && cell->pending) {
             w.fail(at, address_of(cell->write_at),
                    "race: %s byte %zu of shared array %s, to which a cp.async is still in flight",
@@ -705,6 +733,7 @@ void check_shared(Worker& w, size_t offset, size_t bytes, bool write, bool atomi
             cell->writer = thread.index;
             cell->atomic = atomic;
             cell->pending = 0;
+            cell->fences = static_cast<unsigned>(thread.fences.size());
             cell->read_stamp = 0;
         } else {
             if (!read) {
@@ -733,7 +762,15 @@ void check_shared(Worker& w, size_t offset, size_t bytes, bool write, bool atomi
 
 void check_elsewhere(Worker& w, uintptr_t address, size_t bytes, bool write, const void* at) {
     const Stack& stack = *w.current->stack;
-    if (address - reinterpret_cast<uintptr_t>(stack.low) < kStack) return;
+    if (address - reinterpret_cast<uintptr_t>(stack.low) < kStack) {
+        for (const Product& product : w.current->warp->products) {
+            const uintptr_t sums = reinterpret_cast<uintptr_t>(product.sums[w.current->lane]);
+            if (address < sums + static_cast<size_t>(product.columns / 2) * sizeof(float) && sums < address + bytes) {
+                w.fail(at, product.at, "race: %s a sum of a wgmma that is under way", write ? "writes" : "reads");
+            }
+        }
+        return;
+    }
     const Range* end = w.launch->memory + w.launch->ranges;
     const Range* after = std::upper_bound(w.launch->memory, end, address,
         [](uintptr_t a, const Range& range) { return a < range.begin; });
@@ -930,6 +967,7 @@ void mark_pending([[maybe_unused]] Worker& w, [[maybe_unused]] const Copy& copy,
         w.cells[i].pending = pending;
         w.cells[i].write_stamp = w.stamp;
         w.cells[i].write_time = w.current->warp->time + 1;
+        w.cells[i].fences = static_cast<unsigned>(w.current->fences.size());
     }
 #endif
 }
@@ -937,6 +975,132 @@ void mark_pending([[maybe_unused]] Worker& w, [[maybe_unused]] const Copy& copy,
 void complete(Worker& w, const Copy& copy) {
     if (!copy.moved) move(copy);
     mark_pending(w, copy, false);
+}
+
+// ---- wgmma ----
+
+// A matrix in shared memory, as a descriptor says: PTX ISA, "Matrix Descriptor" of wgmma.
+struct Matrix {
+    size_t start, leading, stride;
+    unsigned vectors;  // of 16 bytes in a row that is swizzled; 1: no swizzle
+    bool transposed;
+
+    Matrix(uint64_t bits, bool transpose, const void* at) : transposed(transpose) {
+        auto field = [bits](int first) { return static_cast<size_t>(bits >> first & 0x3fff) * 16; };
+        start = field(0);
+        leading = field(16);
+        stride = field(32);
+        vectors = 16u >> (bits >> 62 == 0 ? 4 : bits >> 62);
+        constexpr uint64_t known = 0x3fff | uint64_t{0x3fff} << 16 | uint64_t{0x3fff} << 32 | uint64_t{3} << 62;
+        if ((bits & ~known) != 0) {
+            worker().fail(at, nullptr, "wgmma: a descriptor with a base offset, or with bits that mean nothing: %016llx",
+                          static_cast<unsigned long long>(bits));
+        }
+        if (vectors > 1 && start / 16 / vectors % 8 != 0) {
+            worker().fail(at, nullptr, "wgmma: a matrix with a swizzle of %u bytes begins at byte %zu of shared memory, "
+                          "which is in none of the first rows of its pattern", 16 * vectors, start);
+        }
+    }
+
+    // Where in shared memory the vector is that has element (row, k), `row` being the index that is not summed over:
+    // "Canonical layouts" in units of vectors, then the swizzle, by bits of the address.
+    size_t vector(unsigned row, unsigned k) const {
+        const unsigned along = (transposed ? row : k) / 8, across = transposed ? k : row;
+        size_t at = start + across % 8 * 16 * vectors;
+        if (vectors > 1) {
+            at += across / 8 * stride + along % vectors * 16 + along / vectors * leading;
+        } else {
+            at += across / 8 * (transposed ? leading : stride) + along * (transposed ? stride : leading);
+        }
+        return at ^ (at >> 7 & (vectors - 1)) << 4;
+    }
+
+    // Calls f(row, k, place) for each vector of `rows` rows from `first` on and 16 of k, by its first element.
+    template <class F>
+    void each_vector(unsigned first, unsigned rows, F f) const {
+        for (unsigned row = first; row < first + rows; row += transposed ? 8 : 1) {
+            for (unsigned k = 0; k < 16; k += transposed ? 1 : 8) f(row, k, vector(row, k));
+        }
+    }
+
+    // The same elements; those of a row are `of_row` apart, those of k `of_k`.
+    void load(double* to, unsigned first, unsigned rows, unsigned of_row, unsigned of_k) const {
+        each_vector(first, rows, [&](unsigned row, unsigned k, size_t at) {
+            uint16_t elements[8];
+            memcpy(elements, worker().shared + at, sizeof elements);
+            double* element = to + (row - first) * of_row + k * of_k;
+            for (unsigned i = 0; i < 8; ++i, element += transposed ? of_row : of_k) {
+                *element = __builtin_bit_cast(float, static_cast<uint32_t>(elements[i]) << 16);
+            }
+        });
+    }
+};
+
+// Calls f with the place of each vector in shared memory that the warp reads.
+template <class F>
+void each_vector(const Warp& warp, const Product& product, F f) {
+    auto all = [&](uint64_t descriptor, unsigned first, unsigned rows) {
+        const Matrix matrix(descriptor, product.transposed, product.at);
+        matrix.each_vector(first, rows, [&](unsigned, unsigned, size_t at) {
+            if (at + 16 > kArena) {
+                worker().fail(product.at, nullptr, "out of bounds: wgmma reads byte %zu of shared memory", at);
+            }
+            f(at);
+        });
+    };
+    all(product.a, warp.index % kWarpgroup * kRows, kRows);
+    all(product.b, 0, static_cast<unsigned>(product.columns));
+}
+
+// The sixteen rows of the product that the warp has.
+void run(const Warp& warp, Product& product) {
+    const Matrix a(product.a, product.transposed, product.at), b(product.b, product.transposed, product.at);
+    double left[kRows * 16], right[16 * kColumns], d[kRows][kColumns];
+    a.load(left, warp.index % kWarpgroup * kRows, kRows, 16, 1);
+    for (int block = 0; block < product.columns / kColumns; ++block) {
+        b.load(right, static_cast<unsigned>(block * kColumns), kColumns, 1, kColumns);
+        auto each_sum = [&](auto f) {
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int i = 0; i < 4; ++i) {
+                    f(d[lane / 4 + 8 * (i >> 1)][2 * (lane % 4) + (i & 1)], product.sums[lane][4 * block + i]);
+                }
+            }
+        };
+        each_sum([](double& sum, float before) { sum = before; });
+        accumulate(d, left, right, 16);
+        each_sum([](double sum, float& after) { after = static_cast<float>(sum); });
+    }
+    product.done = true;
+}
+
+// Notes that a product reads what it reads, from now on or until now.
+void mark_reads([[maybe_unused]] Worker& w, const Warp& warp, const Product& product, [[maybe_unused]] bool begins) {
+    each_vector(warp, product, [&]([[maybe_unused]] size_t offset) {
+#ifdef ECHOGRAD_CHECKED
+        check_shared(w, offset, 16, false, false, product.at);
+        for (Cell* cell = &w.cells[offset]; cell != &w.cells[offset] + 16; ++cell) {
+            cell->products = static_cast<unsigned short>(cell->products + (begins ? 1 : -1));
+            if (!begins) continue;
+            const std::vector<unsigned>& fences = w.threads[cell->writer].fences;
+            if (cell->fences >= fences.size() || fences[cell->fences] >= w.stamp) {
+                w.fail(product.at, address_of(cell->write_at),
+                       "race: a wgmma reads byte %zu of shared memory, behind whose write there is no fence of the "
+                       "async proxy and a barrier", static_cast<size_t>(cell - w.cells.data()));
+            }
+        }
+#endif
+    });
+}
+
+// A thread ends: its warp's products must have ended before, and be as many as those of its warpgroup.
+void Worker::leave_products() {
+    const Warp& warp = *current->warp;
+    if (!warp.products.empty()) fail(warp.products[0].at, nullptr, "race: returns while a wgmma is under way");
+    const auto& all = begun[warp.index / kWarpgroup];
+    if (warp.begun != all.size()) {
+        fail(all.back().at, nullptr, "divergence: returns after %u of the %zu wgmma of its warpgroup", warp.begun,
+             all.size());
+    }
 }
 
 }  // namespace
@@ -1243,6 +1407,79 @@ void mma(Element element, float* d, const unsigned* a, const unsigned* b, Where 
                function);
 }
 
+unsigned shared_address(const void* shared) {
+    const size_t offset = static_cast<size_t>(static_cast<const char*>(shared) - worker().shared);
+    if (offset >= kArena) worker().fail(ECHOGRAD_CALLER, nullptr, "wgmma: a matrix outside of shared memory");
+    return static_cast<unsigned>(offset);
+}
+
+void async_proxy_fence() { self().fences.push_back(worker().stamp); }
+
+void wgmma_fence(Where where) {
+    collective("wgmma.fence", ~0u, where, ECHOGRAD_CALLER, [](Warp& warp, unsigned) { warp.fenced = true; });
+}
+
+void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool transposed, Where where) {
+    const void* at = ECHOGRAD_CALLER;
+    Thread& thread = self();
+    thread.value = a;
+    thread.result = b;
+    thread.pointers[2] = d;
+    collective("wgmma", ~0u, where, at, [=](Warp& warp, unsigned lanes) {
+        Worker& w = worker();
+        Product product{{}, a, b, columns, transposed, false, warp.groups_of_products, at};
+        if ((warp.index / kWarpgroup + 1) * kWarpgroup * kWarp > w.size) {
+            w.fail(at, nullptr, "wgmma by %u threads, no warpgroup", w.size % (kWarpgroup * kWarp));
+        }
+        if (!warp.fenced) w.fail(at, nullptr, "race: a wgmma without wgmma.fence since the last wait");
+        auto& all = w.begun[warp.index / kWarpgroup];
+        if (warp.begun == all.size()) all.push_back(product);
+        const Product& first = all[warp.begun++];
+        for (unsigned i = 0; i < kWarpgroup; ++i) {
+            const Warp& other = w.warps[warp.index / kWarpgroup * kWarpgroup + i];
+            if (other.exited != 0 && other.begun < warp.begun) {
+                w.fail(at, nullptr, "divergence: calls the %uth wgmma of its warpgroup, of which a warp has returned after %u",
+                       warp.begun, other.begun);
+            }
+        }
+        each_lane(lanes, [&](unsigned lane) {
+            const Thread& other = warp.thread[lane];
+            if (other.value != first.a || other.result != first.b || columns != first.columns) {
+                w.fail(at, first.at, "divergence: a wgmma of other matrices than those of its warpgroup");
+            }
+            product.sums[lane] = static_cast<float*>(const_cast<void*>(other.pointers[2]));
+        });
+        mark_reads(w, warp, product, true);
+        warp.products.push_back(product);
+        // The hardware may be done at once or as late as the wait; both happen here.
+        if ((w.random.next() & 1) != 0) {
+            for (Product& each : warp.products) {
+                if (!each.done) run(warp, each);
+            }
+        }
+    });
+}
+
+void wgmma_commit(Where where) {
+    collective("wgmma.commit_group", ~0u, where, ECHOGRAD_CALLER,
+               [](Warp& warp, unsigned) { warp.groups_of_products += 1; });
+}
+
+void wgmma_wait(int pending_groups, Where where) {
+    collective("wgmma.wait_group", ~0u, where, ECHOGRAD_CALLER, [=](Warp& warp, unsigned) {
+        auto& products = warp.products;  // in the order of their groups
+        auto rest = std::find_if_not(products.begin(), products.end(), [&](const Product& product) {
+            return product.group + static_cast<unsigned>(pending_groups) < warp.groups_of_products;
+        });
+        std::for_each(products.begin(), rest, [&](Product& product) {
+            if (!product.done) run(warp, product);
+            mark_reads(worker(), warp, product, false);
+        });
+        products.erase(products.begin(), rest);
+        warp.fenced = false;
+    });
+}
+
 // ---- Blocks ----
 
 namespace {
@@ -1260,8 +1497,8 @@ void Worker::run() {
     }
     first_stamp = ++stamp;
     arrays.clear();
-    owner[0] = 0;
-    shared_end = kLine;
+    std::fill_n(owner.begin(), kFirst / kLine, static_cast<unsigned char>(0));
+    shared_end = kFirst;
 #ifdef ECHOGRAD_ADDRESS
     __asan_poison_memory_region(shared, kArena);
 #endif
@@ -1276,6 +1513,7 @@ void Worker::run() {
         thread.wait = Thread::Wait::None;
         thread.copies.clear();
         thread.groups = 0;
+        thread.fences.clear();
     }
     for (unsigned i = 0; i * kWarp < size; ++i) {
         Warp& warp = warps[i];
@@ -1285,6 +1523,8 @@ void Worker::run() {
         warp.exited = 0;
         warp.time = 0;
         warp.thread = &threads[i * kWarp];
+        warp.groups_of_products = warp.begun = 0;
+        warp.fenced = false;
         for (Group& group : warp.groups) group.arrived = 0;
     }
     draw_order();
@@ -1308,7 +1548,10 @@ void Worker::run() {
     switch_end(host_fake);
 #endif
     current = nullptr;
-    if (failed) {  // the stacks of abandoned threads
+    for (auto& all : begun) all.clear();
+    if (failed) {  // the stacks and products of abandoned threads
+        for (Warp& warp : warps) warp.products.clear();
+        for (Cell& cell : cells) cell.products = 0;
         for (unsigned i = 0; i < size; ++i) {
             Stack*& stack = threads[i].stack;
             if (stack == nullptr) continue;

@@ -207,3 +207,35 @@ selftest_philox(unsigned long long seed, unsigned long long stream, const unsign
     const int i = blockIdx.x * 32 + threadIdx.x;
     if (i < count) words[i] = philox(seed, stream, counters[i]);
 }
+
+// d (64×64) = a (64×16) · b (16×64), bf16, by wgmma. image: shared memory as it is to be, 16 KB; a and b: the
+// descriptors, their addresses within the image. Dynamic shared memory: the image.
+extern "C" __global__ void __launch_bounds__(128)
+selftest_wgmma(const unsigned* image, unsigned long long a, unsigned long long b, int transposed, float* d) {
+#if ECHOGRAD_WGMMA
+    DYNAMIC_SHARED(unsigned, words);
+    for (int i = threadIdx.x; i < 4096; i += 128) words[i] = image[i];
+    async_proxy_fence();
+    __syncthreads();
+    const unsigned long long start = wgmma_matrix<64>(words, 0, 0) & 0x3fff;
+    float sums[8][4] = {};
+    hold(sums);
+    wgmma_fence();
+    if (transposed != 0) {
+        wgmma_bf16<64, true>(sums, start + a, start + b);
+    } else {
+        wgmma_bf16<64>(sums, start + a, start + b);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    hold(sums);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            d[(16 * warp + lane / 4 + i / 2 * 8) * 64 + 8 * j + lane % 4 * 2 + i % 2] = sums[j][i];
+        }
+    }
+#endif
+}

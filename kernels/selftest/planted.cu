@@ -182,3 +182,55 @@ __device__ void misaligned_copy(const float* x, float* y) {
     y[i] = tile[4 * i];
 }
 PAIR(misaligned_copy, 8)
+
+// A product of wgmma, and what goes wrong with one.
+enum class Bug { None, Wait, Proxy, Fence, Barrier, Reuse, Pattern, Warp };
+
+// Of a matrix of 64 rows of 32 elements, the first half, with itself; the vectors of a row are swizzled.
+template <Bug Is>
+__device__ void product(const float* x, float* y) {
+#if ECHOGRAD_WGMMA
+    DYNAMIC_SHARED(unsigned char, stage);
+    int i = threadIdx.x;
+    auto store = [&] {
+        for (int at = i; at < 64 * 32; at += 128) {
+            int row = at / 32, k = at % 32, place = row * 32 + ((k / 8) ^ (row / 2 % 4)) * 8 + k % 8;
+            reinterpret_cast<bf16*>(stage)[place] = from_float<bf16>(x[at % 512]);
+        }
+    };
+    store();
+    if (Is != Bug::Proxy) async_proxy_fence();
+    if (Is != Bug::Barrier) __syncthreads();
+    float sums[8][4] = {};
+    hold(sums);
+    unsigned long long matrix = wgmma_matrix<64>(stage + (Is == Bug::Pattern ? 64 : 0), 16, 512);
+    if (Is != Bug::Fence) wgmma_fence();
+    if (Is != Bug::Warp || i < 96) wgmma_bf16<64>(sums, matrix, matrix);
+    wgmma_commit();
+    if (Is == Bug::Reuse) store();
+    if (Is != Bug::Wait) wgmma_wait<0>();
+    hold(sums);
+    y[i] = sums[0][0] + sums[7][3];
+    if (Is == Bug::Wait) wgmma_wait<0>();
+#endif
+}
+#define PRODUCT(name, bug)                                        \
+    template <bool Good>                                          \
+    __device__ void product_##name(const float* x, float* y) {    \
+        product<Good ? Bug::None : Bug::bug>(x, y);               \
+    }                                                             \
+    PAIR(product_##name, 128)
+// Its sums are read before it is waited for.
+PRODUCT(wait, Wait)
+// What threads wrote is not made visible to it.
+PRODUCT(proxy, Proxy)
+// The sums are set to zero, and no fence follows.
+PRODUCT(fence, Fence)
+// No barrier between other threads' writes and it.
+PRODUCT(barrier, Barrier)
+// What it reads is overwritten before it is waited for.
+PRODUCT(reuse, Reuse)
+// Its matrix begins where the swizzle does not.
+PRODUCT(pattern, Pattern)
+// One of four warps leaves it out.
+PRODUCT(warp, Warp)
