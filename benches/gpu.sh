@@ -10,7 +10,8 @@
 #   interrupted and resumed, with equal bits; an epoch in f32 and its evaluation, as on the CPU (benches/alike.py).
 # - Speed: the feature block as `echograd profile` measures it, at the shapes that the peers are measured at, PyTorch's eager and compiled versions of it and the copy
 #   bandwidth (benches/peers/features_gpu.py); whole training steps of `unet` and `efficientnet-b1` and PyTorch's
-#   (benches/peers/step_gpu.py); each of their convolutions and cuDNN's (benches/peers/conv_gpu.py).
+#   (benches/peers/step_gpu.py); each of their convolutions and cuDNN's (benches/peers/conv_gpu.py). On compute capability 9.0
+#   the checks of convolutions and the training steps again with ECHOGRAD_WGMMA=1.
 # - Training: a run of `efficientnet-b1` with its curve, the GPU's busy share of an epoch, and the external test.
 #
 # SOURCE and TARGET name what is trained and tested on, as for --data and best as packs: SOURCE=pack:breast.pack
@@ -84,6 +85,20 @@ for preset in unet efficientnet-b1; do
         step "conv_${preset}_$batch" "$python" benches/peers/conv_gpu.py "$logs/step_${preset}_$batch.out"
     done
 done
+# The same convolutions by wgmma, which other GPUs than those of compute capability 9.0 lack.
+if [[ $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) == 9.0 ]]; then
+    step gradcheck_wgmma env ECHOGRAD_WGMMA=1 "$echograd" gradcheck --device cuda
+    for tool in memcheck racecheck synccheck; do
+        step "${tool}_wgmma" env ECHOGRAD_WGMMA=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            "$echograd" gradcheck --device cuda --op conv2d --cases 20
+    done
+    for preset in unet efficientnet-b1; do
+        for batch in 16 64; do
+            step "wgmma_${preset}_$batch" env ECHOGRAD_WGMMA=1 "$echograd" profile --device cuda --step --preset "$preset" \
+                --size 256 --batch "$batch" --iters 20 --json --dtype bf16
+        done
+    done
+fi
 step pytorch_step "$python" benches/peers/step_gpu.py
 
 # Training. Short runs on phantoms first, whose bits must be equal.

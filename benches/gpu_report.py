@@ -284,7 +284,11 @@ def main():
         "profiles": profiles,
         "pytorch": pytorch,
         "training_steps": steps_found,
-        "training_step_operations": {name: operations(document(logs, name)) for name in profiled},
+        "training_step_operations": {
+            name: operations(document(logs, name))
+            for name in (step["name"] for step in ran)
+            if name.startswith(("step_", "wgmma_"))
+        },
         "convolutions": {name: document(logs, name.replace("step_", "conv_")) for name in profiled},
         "pytorch_steps": document(logs, "pytorch_step"),
         "training": run,

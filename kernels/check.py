@@ -14,8 +14,9 @@ Needs no GPU and nothing beside Python. nvcc is that of --nvcc, ECHOGRAD_NVCC, C
 nvdisasm beside it, unless --install is given.
 
 A kernel fails on any warning, on spilled registers or local memory (unless LOCAL_MEMORY below gives the
-reason), and on floating-point atomics. Exit status: 0 all is well; 1 a kernel fails, or the table is out of
-date; 2 the check could not run (usage, no compiler, no network).
+reason), and on floating-point atomics; one that is named after wgmma also without HGMMA on sm_90a, or where the
+compiler has it wait more than it says. Exit status: 0 all is well; 1 a kernel fails, or the table is out of date;
+2 the check could not run (usage, no compiler, no network).
 """
 
 import argparse
@@ -178,6 +179,9 @@ def compile_file(compiler, source, arch, folder):
     name = f"{source.relative_to(ROOT)}, sm_{arch}"
     text = answer.stdout + answer.stderr
     complaints = [f"{name}: {line}" for line in text.splitlines() if re.search(r"\b(warning|error|fatal)\b.*:", line)]
+    # What ptxas says of wgmma, as information: that it waits where the kernel does not.
+    if source.parent == KERNELS:
+        complaints += [f"{name}: {line}" for line in text.splitlines() if re.search(r"\(C75\d\d\)", line)]
     if answer.returncode and not complaints:
         complaints = [f"{name}: nvcc failed: {last_line(answer)}"]
     resources = {}
@@ -377,6 +381,8 @@ def inspect(source, arch, resources, functions):
         if local and name not in LOCAL_MEMORY:
             sizes = f"a stack of {used.stack} bytes, {used.spilled} bytes of spilled registers moved"
             complaints.append(f"{where}: local memory: {sizes}")
+        if "_wgmma_" in name and arch == "90a" and not any(i.name == "HGMMA" for i in functions[name].code):
+            complaints.append(f"{where}: no HGMMA")
         for instruction in functions[name].code:
             if FLOAT_ATOMIC.match(instruction.name + instruction.modifiers):
                 text = f"{instruction.name}{instruction.modifiers}"

@@ -4,8 +4,9 @@
 //     weight gradient   dw[o, k] = Σ dy[pixel, o] · x[pixel + tap, c], summed over pixels
 //
 // The input gradient is a correlation too: of dy, for each phase of the stride, with the taps that meet it, turned
-// round (Correlation below says how each phase walks); so is a transposed convolution. bf16 goes through mma.sync
-// with f32 sums, f32 through fused multiply-adds: exact products, in an order that depends on sizes alone.
+// round (Correlation below says how each phase walks); so is a transposed convolution. bf16 goes through mma.sync, or
+// on sm_90a where it is asked for through wgmma, with f32 sums, f32 through fused multiply-adds: exact products, in an
+// order that depends on sizes alone.
 //
 // A block makes a tile of the result. Operands come by cp.async, 16 bytes a thread, into a ring of kStages stages of
 // shared memory; one barrier a stage. Channels are contiguous in memory and a multiple of 16 bytes, so each vector
@@ -19,6 +20,10 @@
 //
 // What of the results goes to memory is put together in shared memory first, so that whole rows of channels are
 // written by 16 bytes a thread.
+//
+// wgmma reads the same stages as they are: rows of k of 64 bytes, and blocks of rows of 128, are its swizzles. Its products
+// run behind the threads' backs, so that one stage less is fetched ahead: into that of the products before the last, which
+// all warps have waited for when they meet.
 #include "device.cuh"
 #include "epilogue.cuh"
 
@@ -33,6 +38,12 @@ constexpr int kRowVectors = kRowBytes / 16;
 #define TENSOR_CORES(...) __VA_ARGS__
 #else
 #define TENSOR_CORES(...)
+#endif
+// Those that need wgmma are launched nowhere else; other code than sm_90a's would leave y as it was.
+#if ECHOGRAD_WGMMA
+#define WARPGROUPS(...) __VA_ARGS__
+#else
+#define WARPGROUPS(...) __trap();
 #endif
 
 // Elements of 16 bytes.
@@ -81,12 +92,28 @@ __device__ __forceinline__ unsigned inside(int first, int taps, int extent) {
     return low < high ? (1u << high) - (1u << low) : 0u;
 }
 
+// Where a stage of the weight gradient has Depth pixels of Width elements each. bf16: blocks of 64 elements, in each
+// of which a pixel has 128 bytes, swizzled. f32: pixels one after another, which are read along.
+template <class T, int Depth, int Width>
+struct Stage {
+    static constexpr int kBytes = Depth * Width * static_cast<int>(sizeof(T));
+    static __device__ __forceinline__ int at(int pixel, int vector) {
+        if (sizeof(T) == 4) return (pixel * (Width / 4) + vector) * 16;
+        static_assert(Width % 64 == 0, "whole blocks");
+        return (vector / 8 * Depth + pixel) * 128 + (vector % 8 ^ pixel % 8) * 16;
+    }
+};
+
 // ---- Sums of a warp: which element of the tile a thread has where, and how they are made ----
+//
+// kPending: stages whose products may be under way when `add` returns; `finish` waits for all. kGroup: warps whose
+// statistics are merged before they are stored.
 
 #if ECHOGRAD_EMULATOR || __CUDA_ARCH__ >= 800
 // RowTiles·16 × ColumnPairs·16 sums, bf16 operands.
 template <int RowTiles, int ColumnPairs>
 struct TensorSums {
+    static constexpr int kPending = 0, kGroup = 1;
     static constexpr int kRows = 2 * RowTiles, kColumns = 4 * ColumnPairs;
     // Size of the warp's tile, and lanes along its rows.
     static constexpr int kTileRows = 16 * RowTiles, kTileColumns = 16 * ColumnPairs, kLanes = 4;
@@ -138,39 +165,126 @@ struct TensorSums {
             multiply(left, right);
         }
     }
+    __device__ __forceinline__ void finish() {}
 
-    // The same for a stage of Depth rows of pixels of APitch bytes, and behind them of BPitch, from elements a
-    // and b of them on.
-    template <int Depth, int APitch, int BPitch>
+    // The same for a stage of Depth pixels, each of A elements and behind them all of B, from elements a and b of them
+    // on.
+    template <int Depth, int A, int B>
     struct TransposedReader {
-        static_assert(APitch % 128 == 0 && BPitch % 128 == 0, "as the swizzle wants");
         int a[RowTiles], b[ColumnPairs];
         __device__ __forceinline__ TransposedReader(int a_first, int b_first) {
-            const int lane = threadIdx.x % 32, swizzle = lane % 8;
+            const int lane = threadIdx.x % 32;
 #pragma unroll
             for (int i = 0; i < RowTiles; ++i) {
-                const int vector = (a_first / 8 + lane / 8 % 2 + 2 * i) ^ swizzle;
-                a[i] = hold((lane / 16 * 8 + lane % 8) * APitch + vector * 16);
+                a[i] = hold(Stage<bf16, Depth, A>::at(lane / 16 * 8 + lane % 8, a_first / 8 + lane / 8 % 2 + 2 * i));
             }
 #pragma unroll
             for (int j = 0; j < ColumnPairs; ++j) {
-                const int vector = (b_first / 8 + lane / 16 + 2 * j) ^ swizzle;
-                b[j] = hold(Depth * APitch + lane % 16 * BPitch + vector * 16);
+                b[j] = hold(Stage<bf16, Depth, A>::kBytes +
+                            Stage<bf16, Depth, B>::at(lane % 16, b_first / 8 + lane / 16 + 2 * j));
             }
         }
     };
-    template <int Depth, int APitch, int BPitch>
-    __device__ __forceinline__ void add(const unsigned char* stage,
-                                        const TransposedReader<Depth, APitch, BPitch>& at) {
+    template <int Depth, int A, int B>
+    __device__ __forceinline__ void add(const unsigned char* stage, const TransposedReader<Depth, A, B>& at) {
 #pragma unroll
         for (int k = 0; k < Depth; k += 16) {
             unsigned left[RowTiles][4], right[ColumnPairs][4];
 #pragma unroll
-            for (int i = 0; i < RowTiles; ++i) ldmatrix<4, true>(left[i], stage + at.a[i] + k * APitch);
+            for (int i = 0; i < RowTiles; ++i) ldmatrix<4, true>(left[i], stage + at.a[i] + k * 128);
 #pragma unroll
-            for (int j = 0; j < ColumnPairs; ++j) ldmatrix<4, true>(right[j], stage + at.b[j] + k * BPitch);
+            for (int j = 0; j < ColumnPairs; ++j) ldmatrix<4, true>(right[j], stage + at.b[j] + k * 128);
             multiply(left, right);
         }
+    }
+};
+#endif
+
+#if ECHOGRAD_WGMMA
+// 32 × Columns sums, bf16 operands: a warp's part of the 128 × Columns of its warpgroup, by wgmma.
+//
+// Copies stay cp.async, of one thread per vector: the copy engine's im2col mode would take a tensor map for each
+// tensor, phase of the stride and tile, made by the driver for addresses that only a session knows, to save
+// instructions that are issued while products are under way.
+template <int Columns>
+struct WarpgroupSums {
+    static constexpr int kPending = 1, kGroup = 4;
+    static constexpr int kRows = 4, kColumns = Columns / 4;
+    static constexpr int kTileRows = 32, kTileColumns = Columns, kLanes = 4;
+    // Of a warpgroup's sixteen eights of rows the even and the odd ones, 64 rows each, are a product: of both a warp has
+    // two eights, and so four that follow one another.
+    float sums[2][Columns / 8][4];
+
+    static __device__ __forceinline__ int row(int i) { return i * 8 + static_cast<int>(threadIdx.x) % 32 / 4; }
+    static __device__ __forceinline__ int column(int j) {
+        return j / 2 * 8 + j % 2 + static_cast<int>(threadIdx.x) % 4 * 2;
+    }
+    __device__ __forceinline__ float& at(int i, int j) { return sums[i % 2][j / 2][i / 2 * 2 + j % 2]; }
+
+    // Where the operands of the warpgroup lie in a stage, in bytes.
+    struct Reader {
+        int a, b;
+        __device__ __forceinline__ Reader(int a_row, int b_row)
+            : a(hold(a_row / 128 * 128 * kRowBytes)), b(hold(b_row * kRowBytes)) {}
+    };
+    // Returns with this stage's products under way, and those before done.
+    __device__ __forceinline__ void add(const unsigned char* stage, const Reader& at) {
+        constexpr int eight = 8 * kRowBytes;
+        const unsigned long long a = wgmma_matrix<kRowBytes>(stage + at.a, 16, 2 * eight);
+        const unsigned long long b = wgmma_matrix<kRowBytes>(stage + at.b, 16, eight);
+        hold(sums[0]);
+        hold(sums[1]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kRowBytes; k += 32) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) wgmma_bf16<Columns>(sums[i], a + (i * eight + k) / 16, b + k / 16);
+        }
+        wgmma_commit();
+        wgmma_wait<kPending>();
+    }
+    __device__ __forceinline__ void finish() {
+        wgmma_wait<0>();
+        hold(sums[0]);
+        hold(sums[1]);
+    }
+};
+
+// The same for stages of the weight gradient, whose blocks have 64 rows: the two products are of one of them each.
+template <int Columns>
+struct TransposedWarpgroupSums : WarpgroupSums<Columns> {
+    using Base = WarpgroupSums<Columns>;
+    using Base::sums;
+
+    // From the first of the 32 rows of a warp of other kinds: of both products it has 16, as of its number.
+    static __device__ __forceinline__ int row(int i) {
+        const int thread = static_cast<int>(threadIdx.x), warp = thread / 32 % 4;
+        return i % 2 * 64 + i / 2 * 8 + thread % 32 / 4 - warp * 16;
+    }
+
+    // Where the columns of a warpgroup lie; all have the same 128 rows.
+    template <int Depth, int A, int B>
+    struct TransposedReader {
+        static_assert(A == 128, "the rows of one warpgroup");
+        int b;
+        __device__ __forceinline__ TransposedReader(int, int b_first)
+            : b(hold(Stage<bf16, Depth, A>::kBytes + b_first / 64 * (Stage<bf16, Depth, 64>::kBytes))) {}
+    };
+    template <int Depth, int A, int B>
+    __device__ __forceinline__ void add(const unsigned char* stage, const TransposedReader<Depth, A, B>& at) {
+        constexpr int block = Stage<bf16, Depth, 64>::kBytes, eight = 8 * 128;
+        const unsigned long long a = wgmma_matrix<128>(stage, block, eight);
+        const unsigned long long b = wgmma_matrix<128>(stage + at.b, block, eight);
+        hold(sums[0]);
+        hold(sums[1]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < Depth / 8 * eight; k += 2 * eight) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) wgmma_bf16<Columns, true>(sums[i], a + (i * block + k) / 16, b + k / 16);
+        }
+        wgmma_commit();
+        wgmma_wait<Base::kPending>();
     }
 };
 #endif
@@ -178,6 +292,7 @@ struct TensorSums {
 // 8·(32 / Lanes) × 8·Lanes sums of f32 operands, 8 × 8 a thread. Transposed: for stages of rows of pixels.
 template <int Lanes, bool Transposed = false>
 struct FloatSums {
+    static constexpr int kPending = 0, kGroup = 1;
     static constexpr int kRows = 8, kColumns = 8, kLanes = Lanes, kRowLanes = 32 / Lanes;
     static constexpr int kTileRows = 8 * kRowLanes, kTileColumns = 8 * Lanes;
     float sums[8][8];
@@ -225,17 +340,17 @@ struct FloatSums {
             }
         }
     }
+    __device__ __forceinline__ void finish() {}
 
-    template <int Depth, int APitch, int BPitch>
+    template <int Depth, int A, int B>
     struct TransposedReader {
         int a, b;
         __device__ __forceinline__ TransposedReader(int a_first, int b_first)
             : a(hold((a_first + static_cast<int>(threadIdx.x) % 32 / Lanes * 4) * 4)),
-              b(hold(Depth * APitch + (b_first + static_cast<int>(threadIdx.x) % Lanes * 4) * 4)) {}
+              b(hold((Depth * A + b_first + static_cast<int>(threadIdx.x) % Lanes * 4) * 4)) {}
     };
-    template <int Depth, int APitch, int BPitch>
-    __device__ __forceinline__ void add(const unsigned char* stage,
-                                        const TransposedReader<Depth, APitch, BPitch>& at) {
+    template <int Depth, int A, int B>
+    __device__ __forceinline__ void add(const unsigned char* stage, const TransposedReader<Depth, A, B>& at) {
         // Rows of pixels are read along: no swizzle.
         auto load = [&](int from, int lanes, Vector<float, 4>(&to)[2]) {
             to[0] = *reinterpret_cast<const Vector<float, 4>*>(stage + from);
@@ -244,8 +359,8 @@ struct FloatSums {
 #pragma unroll
         for (int k = 0; k < Depth; ++k) {
             Vector<float, 4> left[2], right[2];
-            load(at.a + k * APitch, kRowLanes, left);
-            load(at.b + k * BPitch, Lanes, right);
+            load(at.a + k * A * 4, kRowLanes, left);
+            load(at.b + k * B * 4, Lanes, right);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -321,6 +436,39 @@ __device__ __forceinline__ bool add_pieces(Sums& sums, float* parts, unsigned* c
         });
     }
     return true;
+}
+
+// Merges the statistics of Group warps, each of Rows rows, at parts[warp][column], and stores those of the groups:
+// as `store_statistics`. count: rows of the tile that there are.
+template <int Rows, int Group, int TileRows, int TileColumns>
+__device__ __forceinline__ void merge_statistics(const Vector<float, 2>* parts, Vector<float, 2>* statistics, int count,
+                                                 int first_row, int column, int outputs) {
+    constexpr int threads = 32 * (TileRows / Rows);
+#pragma unroll
+    for (int i = threadIdx.x; i < TileRows / (Rows * Group) * TileColumns; i += threads) {
+        const int group = i / TileColumns, o = column + i % TileColumns;
+        float all[3] = {};
+#pragma unroll
+        for (int k = 0; k < Group; ++k) {
+            const int warp = group * Group + k, rows = min(count - warp * Rows, Rows);
+            if (rows <= 0) break;
+            const Vector<float, 2> part = parts[warp * TileColumns + i % TileColumns];
+            MergeStatistics{}(all, {static_cast<float>(rows), part.at[0], part.at[1]});
+        }
+        if (all[0] > 0.0f && o < outputs) {
+            statistics[static_cast<size_t>(first_row / (Rows * Group) + group) * outputs + o] = {{all[1], all[2]}};
+        }
+    }
+}
+
+// Waits for all but the Pending newest groups of copies, of all threads, so that products can read them.
+template <class Sums, int Pending>
+__device__ __forceinline__ void arrive() {
+    cp_async_wait<Pending>();
+#if ECHOGRAD_WGMMA
+    if constexpr (Sums::kPending > 0) async_proxy_fence();
+#endif
+    __syncthreads();
 }
 
 // A tile of RowWarps × ColumnWarps warps' sums of y = activation(x ∗ w + bias), bias and statistics where they are
@@ -427,27 +575,28 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     };
 
     const int warp = threadIdx.x / 32;
-    const int warp_row = warp / ColumnWarps * Sums::kTileRows;
-    const int warp_column = warp % ColumnWarps * Sums::kTileColumns;
+    const int warp_row = warp % RowWarps * Sums::kTileRows;
+    const int warp_column = warp / RowWarps * Sums::kTileColumns;
     const typename Sums::Reader reader(warp_row, tile_rows + warp_column);
     Sums sums = {};
+    constexpr int ahead = kStages - 1 - Sums::kPending;
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
+    for (int stage = 0; stage < ahead; ++stage) {
         if (stage < steps) fetch(stage);
         cp_async_commit();
     }
-    int stage = 0;
+    unsigned stage = 0;
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        // Into the stage that all have left.
-        if (i + kStages - 1 < steps) fetch(stage == 0 ? kStages - 1 : stage - 1);
+        arrive<Sums, ahead - 1>();
+        // Into the stage that all have left, and whose products are done.
+        if (i + ahead < steps) fetch((stage + ahead) % kStages);
         cp_async_commit();
         sums.add(shared + stage * stage_bytes, reader);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
+        stage = (stage + 1) % kStages;
     }
     cp_async_wait<0>();
+    sums.finish();
     __syncthreads();
     if (pieces > 1 && !add_pieces<threads>(sums, parts, counters, pieces)) return;
 
@@ -462,9 +611,19 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
     }
     with_activation(activation, [&](auto a) { for_each(sums, [&](float& y) { y = a.apply(y); }); });
     if (statistics != nullptr) {
-        const int first = first_row + warp_row;
-        store_statistics(sums, static_cast<Vector<float, 2>*>(statistics), min(of.pixels - first, Sums::kTileRows),
-                         first / Sums::kTileRows, first_column + warp_column, of.outputs);
+        const int first = first_row + warp_row, count = min(of.pixels - first, Sums::kTileRows);
+        Vector<float, 2>* const to = static_cast<Vector<float, 2>*>(statistics);
+        if constexpr (Sums::kGroup == 1) {
+            store_statistics(sums, to, count, first / Sums::kTileRows, first_column + warp_column, of.outputs);
+        } else {
+            static_assert(ColumnWarps == 1 && RowWarps * tile_columns * 8 <= kStages * stage_bytes, "fits into the ring");
+            Vector<float, 2>* const of_warps = reinterpret_cast<Vector<float, 2>*>(shared);
+            store_statistics(sums, of_warps, count, warp, 0, tile_columns);
+            __syncthreads();
+            merge_statistics<Sums::kTileRows, Sums::kGroup, tile_rows, tile_columns>(
+                of_warps, to, of.pixels - first_row, first_row, first_column, of.outputs);
+            __syncthreads();
+        }
     }
 
     constexpr int pitch = tile_columns + n;
@@ -505,10 +664,12 @@ __device__ __forceinline__ void correlate(const T* x, const T* w, const float* b
 
 // y from x and w, weights in T's storage; tiles of `rows` × `columns`. bias: f32 or null; activation: of epilogue.cuh.
 // statistics: null, or of pixels i·R .. of each output channel its mean and Σ (y − mean)², a Vector<float, 2> at
-// [i][output], R the rows of a warp. phases: the correlations that make up y, `phase_count` of them.
+// [i][output], R the rows of a warp, or with wgmma of a warpgroup. phases: the correlations that make up y,
+// `phase_count` of them.
 // Grid: (phase_count · ceil(most pixels / rows) · column_tiles, pieces) blocks of `threads`, column_tiles =
 // ceil(outputs / columns); of several pieces, each takes a part of the stages of k, and the last block of a tile adds
-// them up: parts holds rows · columns f32 for each block, counters a number for each tile, 0 before and after. Dynamic shared memory: kStages · (rows + columns) · kRowBytes. x and w on multiples of
+// them up: parts holds rows · columns f32 for each block, counters a number for each tile, 0 before and after. Dynamic
+// shared memory: kStages · (rows + columns) · kRowBytes. x and w on multiples of
 // 16 bytes, and channels a multiple of kWidth; so for y if outputs is one. Kernels of at most 11×16 taps.
 #define CONV(name, T, where, threads, blocks, ...)                                                           \
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
@@ -524,6 +685,9 @@ CONV(conv_128x128_bf16, bf16, TENSOR_CORES, 256, 2, TensorSums<4, 2>, 2, 4)
 CONV(conv_128x64_bf16, bf16, TENSOR_CORES, 128, 3, TensorSums<4, 2>, 2, 2)
 CONV(conv_128x32_bf16, bf16, TENSOR_CORES, 128, 4, TensorSums<2, 2>, 4, 1)
 CONV(conv_64x64_bf16, bf16, TENSOR_CORES, 128, 4, TensorSums<2, 2>, 2, 2)
+CONV(conv_wgmma_256x128_bf16, bf16, WARPGROUPS, 256, 1, WarpgroupSums<128>, 8, 1)
+CONV(conv_wgmma_128x128_bf16, bf16, WARPGROUPS, 128, 2, WarpgroupSums<128>, 4, 1)
+CONV(conv_wgmma_256x64_bf16, bf16, WARPGROUPS, 256, 2, WarpgroupSums<64>, 8, 1)
 
 // ---- Weight gradient ----
 
@@ -533,10 +697,11 @@ __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* 
                                                 int column_tiles, int piece) {
     constexpr int n = kWidth<T>, depth = kRowBytes / sizeof(T), threads = 32 * RowWarps * ColumnWarps;
     constexpr int tile_rows = RowWarps * Sums::kTileRows, tile_columns = ColumnWarps * Sums::kTileColumns;
-    constexpr int y_pitch = tile_rows * sizeof(T), x_pitch = tile_columns * sizeof(T);
+    using Y = Stage<T, depth, tile_rows>;
+    using X = Stage<T, depth, tile_columns>;
     constexpr int y_vectors = tile_rows / n, x_vectors = tile_columns / n;
     constexpr int y_step = threads / y_vectors, x_step = threads / x_vectors;
-    constexpr int stage_bytes = depth * (y_pitch + x_pitch);
+    constexpr int stage_bytes = Y::kBytes + X::kBytes;
     static_assert(y_step > 0 && x_step > 0 && depth % y_step == 0 && depth % x_step == 0, "whole rows");
     DYNAMIC_SHARED(unsigned char, shared);
     const Correlation of = *problem;
@@ -553,17 +718,16 @@ __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* 
     const int tap = k / of.channels, tap_row = tap / of.taps[1];
     const int top = of.origin[0] + tap_row, left = of.origin[1] + tap - tap_row * of.taps[1];
     const int channel = k - tap * of.channels;
-    auto swizzled = [](int row, int vector) { return sizeof(T) == 2 ? vector ^ (row % 8) : vector; };
     auto fetch = [&](int stage, int first) {
         unsigned char* to = shared + stage * stage_bytes;
 #pragma unroll
         for (int i = 0; i < depth / y_step; ++i) {
             const int row = y_row + i * y_step, at = first + row;
             const bool valid = has_output && at < end;
-            cp_async<16>(to + row * y_pitch + swizzled(row, y_vector) * 16, dy + (at * of.outputs + o),
+            cp_async<16>(to + Y::at(row, y_vector), dy + (at * of.outputs + o),
                          valid ? 16 : 0);
         }
-        to += depth * y_pitch;
+        to += Y::kBytes;
 #pragma unroll
         for (int i = 0; i < depth / x_step; ++i) {
             const int row = x_row + i * x_step, at = first + row;
@@ -576,31 +740,32 @@ __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* 
                         static_cast<unsigned>(z) < static_cast<unsigned>(of.x_columns);
                 from = ((pixel.image * of.x_rows + y) * of.x_columns + z) * of.channels + channel;
             }
-            cp_async<16>(to + row * x_pitch + swizzled(row, x_vector) * 16, x + from, valid ? 16 : 0);
+            cp_async<16>(to + X::at(row, x_vector), x + from, valid ? 16 : 0);
         }
     };
 
     const int warp = threadIdx.x / 32;
-    const int warp_row = warp / ColumnWarps * Sums::kTileRows;
-    const int warp_column = warp % ColumnWarps * Sums::kTileColumns;
-    const typename Sums::template TransposedReader<depth, y_pitch, x_pitch> reader(warp_row, warp_column);
+    const int warp_row = warp % RowWarps * Sums::kTileRows;
+    const int warp_column = warp / RowWarps * Sums::kTileColumns;
+    const typename Sums::template TransposedReader<depth, tile_rows, tile_columns> reader(warp_row, warp_column);
     Sums sums = {};
+    constexpr int ahead = kStages - 1 - Sums::kPending;
     int next = begin;
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage, next += depth) {
+    for (int stage = 0; stage < ahead; ++stage, next += depth) {
         if (next < end) fetch(stage, next);
         cp_async_commit();
     }
-    int stage = 0;
+    unsigned stage = 0;
 #pragma unroll 1
     for (int at = begin; at < end; at += depth, next += depth) {
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        if (next < end) fetch(stage == 0 ? kStages - 1 : stage - 1, next);
+        arrive<Sums, ahead - 1>();
+        if (next < end) fetch((stage + ahead) % kStages, next);
         cp_async_commit();
         sums.add(shared + stage * stage_bytes, reader);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
+        stage = (stage + 1) % kStages;
     }
+    sums.finish();
 
     float* const part = dw + static_cast<size_t>(blockIdx.y) * of.outputs * terms;
 #pragma unroll
@@ -629,6 +794,8 @@ __device__ __forceinline__ void weight_gradient(const T* x, const T* dy, float* 
 WEIGHT_GRADIENT(conv_weight_gradient_64x64_f32, float, ANYWHERE, 64, 6, FloatSums<8, true>, 2, 1)
 WEIGHT_GRADIENT(conv_weight_gradient_128x128_bf16, bf16, TENSOR_CORES, 256, 2, TensorSums<4, 2>, 2, 4)
 WEIGHT_GRADIENT(conv_weight_gradient_64x64_bf16, bf16, TENSOR_CORES, 128, 4, TensorSums<2, 2>, 2, 2)
+WEIGHT_GRADIENT(conv_wgmma_weight_gradient_128x256_bf16, bf16, WARPGROUPS, 256, 1, TransposedWarpgroupSums<128>, 4,
+                2)
 
 // ---- Copies with channels that fill vectors, and statistics ----
 

@@ -6,7 +6,7 @@ mod support;
 
 use echograd::device::cpu;
 use echograd::device::gpu::{self, Gpu};
-use echograd::gradcheck::{Case, DEVICE_TOLERANCE, Sampler};
+use echograd::gradcheck::{self, Case, DEVICE_TOLERANCE, Sampler};
 use echograd::ops::Op;
 use echograd::ops::activation::Activation;
 use echograd::ops::conv2d::{Conv2d, Conv2dBias};
@@ -107,6 +107,57 @@ fn deep_products_of_few_pixels_agree_with_the_cpu() {
     ]);
 }
 
+/// The emulator without wgmma, and with it wherever there are one or two blocks of a tile: between them these take every
+/// tile.
+fn gpus() -> [Gpu; 3] {
+    let gpu = || Gpu::emulator().unwrap();
+    let with = |blocks| gpu().with_wgmma(blocks).unwrap();
+    [gpu(), with(1), with(2)]
+}
+
+/// Convolutions, their gradients and transposed convolutions of more than 32 channels either way, by wgmma.
+#[test]
+fn products_of_warpgroups_agree_with_the_cpu() {
+    let random = |seed: u64| {
+        let mut s = Sampler::new(1000 + seed);
+        let image = [s.size(1, 2), s.size(3, 21), s.size(3, 21)];
+        let channels = [
+            s.size(33, 72),
+            [s.size(33, 72), 128][usize::from(s.chance(0.3))],
+        ];
+        let kernel = [s.size(1, 3), s.size(1, 3)];
+        let stride = [s.size(1, 3), s.size(1, 3)];
+        let padding = [s.size(0, kernel[0] - 1), s.size(0, kernel[1] - 1)];
+        conv(image, channels, kernel, stride, padding)
+    };
+    let mut cases: Vec<Case> = (0..12).map(random).collect();
+    cases.extend([
+        // Just below, at and above the rows of a tile; stages that k fills, and not.
+        pointwise([1, 1, 127], [40, 128]),
+        pointwise([1, 1, 128], [64, 40]),
+        pointwise([1, 1, 129], [8, 64]),
+        pointwise([1, 16, 16], [96, 33]),
+        pointwise([257, 1, 1], [33, 136]),
+        pointwise([1, 1, 600], [16, 130]),
+        conv([1, 17, 19], [40, 40], [3, 3], [2, 2], [1, 1]),
+        conv([2, 9, 10], [48, 72], [2, 2], [2, 2], [0, 0]),
+        conv([1, 24, 23], [33, 128], [5, 5], [1, 1], [2, 2]),
+        // Weight gradients with tiles, rows and pieces that are filled, and not.
+        conv([1, 17, 18], [65, 72], [1, 3], [1, 1], [0, 1]),
+        conv([2, 13, 12], [130, 66], [2, 2], [2, 1], [1, 0]),
+        pointwise([1, 30, 19], [248, 130]),
+    ]);
+    cases.into_par_iter().enumerate().for_each(|(seed, case)| {
+        // Each case has emulators of its own, with queues of their own.
+        let [_, one, two] = gpus();
+        for gpu in [&one, &two] {
+            let worst = gradcheck::check_on(gpu, &case, seed as u64, true).unwrap();
+            let worst = worst.mismatch;
+            assert!(worst.is_none(), "{}: {worst:?}", case.description);
+        }
+    });
+}
+
 /// The outputs of an operation, once as the CPU computes them in `f64` and once as a GPU does.
 struct Both {
     expected: Vec<Vec<f64>>,
@@ -114,7 +165,7 @@ struct Both {
 }
 
 /// Applies an operation to a feature map, stored as bf16 if `narrow`, and other inputs.
-fn apply(op: impl Op + 'static, inputs: &[(Shape, &[f64])], narrow: bool) -> Both {
+fn apply(gpu: &Gpu, op: impl Op + 'static, inputs: &[(Shape, &[f64])], narrow: bool) -> Both {
     let mut tape = Tape::new();
     let vars: Vec<Var> = inputs.iter().map(|i| tape.input("input", i.0)).collect();
     tape.narrow(vars[0]);
@@ -122,8 +173,7 @@ fn apply(op: impl Op + 'static, inputs: &[(Shape, &[f64])], narrow: bool) -> Bot
     outputs.iter().for_each(|&y| tape.keep(y));
     let plan = |options| Plan::new(&tape, options).unwrap();
     let mut reference = cpu::Session::<f64>::new(plan(Options::default())).unwrap();
-    let gpu = Gpu::emulator().unwrap();
-    let mut device = gpu::Session::new(&gpu, plan(Options::gpu(narrow))).unwrap();
+    let mut device = gpu::Session::new(gpu, plan(Options::gpu(narrow))).unwrap();
     for (&var, input) in vars.iter().zip(inputs) {
         let values: Vec<f32> = input.1.iter().map(|&x| x as f32).collect();
         device.write(var, &values).unwrap();
@@ -150,6 +200,8 @@ fn statistics_of_results_agree_with_the_cpu() {
         (Shape::new(2, 31, 33, 1), Shape::new(24, 3, 3, 1), 2),
         (Shape::new(1, 65, 129, 8), Shape::new(72, 1, 1, 8), 1),
         (Shape::new(2, 9, 9, 40), Shape::new(24, 5, 5, 40), 1),
+        (Shape::new(1, 19, 31, 3), Shape::new(128, 3, 3, 3), 1),
+        (Shape::new(1, 1, 161, 8), Shape::new(128, 1, 1, 8), 1),
         (Shape::new(1, 30, 20, 3), Shape::new(5, 13, 1, 3), 1),
     ] {
         let mut s = Sampler::new(x.len() as u64);
@@ -158,11 +210,13 @@ fn statistics_of_results_agree_with_the_cpu() {
             s.narrow_values(x.len(), 0.9, 1.1),
             s.narrow_values(w.len(), 0.4, 0.6),
         );
-        for (nan, narrow) in [(false, false), (false, true), (true, false), (true, true)] {
+        let [none, one, two] = &gpus();
+        let ways = [(none, false), (none, true), (one, true), (two, true)];
+        for (nan, (gpu, narrow)) in [false, true].map(|nan| ways.map(|way| (nan, way))).concat() {
             if nan {
                 weights[0] = f64::NAN;
             }
-            let both = apply(op, &[(x, &values), (w, &weights)], narrow);
+            let both = apply(gpu, op, &[(x, &values), (w, &weights)], narrow);
             // A kernel of 13 rows goes by what is stored.
             let tolerance = if narrow && w.h > 11 {
                 4e-3
@@ -194,6 +248,7 @@ fn bias_and_activation_agree_with_the_cpu() {
         (Shape::new(2, 3, 5, 7), Shape::new(9, 1, 1, 7)),
         (Shape::new(1, 20, 13, 16), Shape::new(33, 3, 3, 16)),
         (Shape::new(3, 9, 11, 3), Shape::new(72, 1, 1, 3)),
+        (Shape::new(2, 9, 11, 3), Shape::new(128, 3, 3, 3)),
     ] {
         let mut s = Sampler::new(x.len() as u64);
         let values = s.narrow_values(x.len(), -1.0, 1.0);
@@ -202,9 +257,11 @@ fn bias_and_activation_agree_with_the_cpu() {
         let bias: Vec<f64> = (0..w.n).map(|i| i as f64 / 8.0 - 1.0).collect();
         for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
             let conv = Conv2d::new(1, w.h / 2);
-            for narrow in [false, true] {
+            let [none, one, two] = &gpus();
+            for (gpu, narrow) in [(none, false), (none, true), (one, true), (two, true)] {
                 let op = Conv2dBias { conv, activation };
-                let both = apply(op, &[(x, &values), (w, &weights), (b, &bias)], narrow);
+                let inputs = [(x, &values[..]), (w, &weights), (b, &bias)];
+                let both = apply(gpu, op, &inputs, narrow);
                 let largest = both.expected[0].iter().fold(0.0f64, |m, x| m.max(x.abs()));
                 for (found, expected) in both.found[0].iter().zip(&both.expected[0]) {
                     let rounding = if narrow { expected.abs() / 256.0 } else { 0.0 };
@@ -242,9 +299,10 @@ fn nan_passes() {
             for activation in [Activation::Identity, Activation::Relu, Activation::Silu] {
                 let conv = Conv2d::new(1, w.h / 2);
                 let op = Conv2dBias { conv, activation };
-                for narrow in [false, true] {
+                let [none, one, _] = &gpus();
+                for (gpu, narrow) in [(none, false), (none, true), (one, true)] {
                     let inputs = [(x, &values[..]), (w, &weights), (b, &vec![0.25; w.n])];
-                    let both = apply(op, &inputs, narrow);
+                    let both = apply(gpu, op, &inputs, narrow);
                     let nan = |y: &[f64]| y.iter().map(|y| y.is_nan()).collect::<Vec<_>>();
                     let found: Vec<f64> = both.found[0].iter().map(|&y| y.into()).collect();
                     assert!(nan(&both.expected[0]).contains(&true));

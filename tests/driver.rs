@@ -88,6 +88,7 @@ impl Run {
             "CUDA_VISIBLE_DEVICES",
             "CUDA_LAUNCH_BLOCKING",
             "ECHOGRAD_GPU",
+            "ECHOGRAD_WGMMA",
         ] {
             command.env_remove(variable);
         }
@@ -273,6 +274,18 @@ fn each_thing_that_a_machine_lacks_has_its_line() {
             ("FAKE_CAPABILITY", "70"),
         ],
         &["Imaginary GPU 1 has compute capability 7.0"],
+    );
+    for value in ["2", "yes"] {
+        fails(
+            "driver",
+            &[("ECHOGRAD_WGMMA", value)],
+            &["ECHOGRAD_WGMMA: expected 0 or 1, found", value],
+        );
+    }
+    fails(
+        "driver",
+        &[("ECHOGRAD_WGMMA", "1"), ("FAKE_CAPABILITY", "80")],
+        &["ECHOGRAD_WGMMA: expected a GPU of compute capability 9.0, found Imaginary GPU 0 of 8.0"],
     );
 }
 
@@ -644,6 +657,17 @@ fn doctor_says_what_is_there_and_what_would_run() {
     assert_eq!(found["gpus"][0]["mig"], false);
     assert_eq!(found["devices"]["cuda"]["usable"], true, "{found}");
     assert_eq!(found["devices"]["cpu"]["usable"], true);
+
+    let reason = |wgmma: &str| {
+        let run = Run::echograd("driver", &["doctor", "--json"]).with("FAKE_CAPABILITY", "90");
+        let found = doctor(run.with("ECHOGRAD_WGMMA", wgmma));
+        found["devices"]["cuda"]["reason"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    assert!(reason("1").starts_with("Imaginary GPU 0 with wgmma runs"));
+    assert!(reason("0").ends_with("; ECHOGRAD_WGMMA=1 for convolutions by wgmma"));
 
     let found =
         doctor(Run::echograd("driver", &["doctor", "--json"]).with("FAKE_VERSION", "11040"));

@@ -383,13 +383,15 @@ fn tried(device: Device) -> Usable {
     let ready = device.open().and_then(|gpu| {
         let gpu = gpu.expect("not the CPU");
         gpu.ready()?;
-        Ok(gpu.description().name)
+        let without = gpu.wgmma().is_none() && gpu.lacks_wgmma().is_none();
+        let more = ["", "; ECHOGRAD_WGMMA=1 for convolutions by wgmma"][usize::from(without)];
+        Ok((gpu.name(), more))
     });
     match ready {
-        Ok(name) => Usable {
+        Ok((name, more)) => Usable {
             usable: true,
             reason: format!(
-                "{name} runs the kernels that there are (echograd gradcheck lists them)"
+                "{name} runs the kernels that there are (echograd gradcheck lists them){more}"
             ),
         },
         Err(e) => Usable {

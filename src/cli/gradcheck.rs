@@ -94,13 +94,23 @@ struct Document<'a> {
 }
 
 impl Args {
+    /// The device. Where convolutions go by `wgmma`, small ones do too: from two blocks on, so that smaller problems
+    /// take smaller tiles.
+    fn open(&self) -> Result<Option<Gpu>> {
+        let by_wgmma = |gpu: Gpu| match gpu.wgmma() {
+            Some(_) => gpu.with_wgmma(2),
+            None => Ok(gpu),
+        };
+        self.device.open()?.map(by_wgmma).transpose()
+    }
+
     /// Runs the command.
     ///
     /// # Errors
     /// If this build lacks the device, or on Ctrl-C.
     pub fn run(self) -> anyhow::Result<ExitCode> {
         // Opened first, so that a missing device is told before anything else.
-        let gpu = self.device.open()?;
+        let gpu = self.open()?;
         let cases = self.cases.unwrap_or(match self.device {
             Device::Emulator => 20,
             Device::Cpu | Device::Cuda => 200,
@@ -133,7 +143,7 @@ impl Args {
             // Each operation has an emulator of its own, with a queue of its own.
             Some(_) if self.device == Device::Emulator => entries
                 .par_iter()
-                .map(|entry| check(self.device.open()?.as_ref(), entry))
+                .map(|entry| check(self.open()?.as_ref(), entry))
                 .collect(),
             gpu => entries
                 .iter()

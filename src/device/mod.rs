@@ -94,11 +94,11 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// What computes: `cpu`, or the GPU's name.
+    /// What computes: `cpu`, or the GPU's name ([`Gpu::name`]).
     pub fn name(&self) -> String {
         match self {
             Self::Cpu => "cpu".into(),
-            Self::Gpu { gpu, .. } => gpu.description().name,
+            Self::Gpu { gpu, .. } => gpu.name(),
         }
     }
 

@@ -278,6 +278,11 @@ impl Launches<'_> {
         Pointer { address, narrow }
     }
 
+    /// Blocks from which a product of bf16 goes by `wgmma`, if any does.
+    pub fn wgmma(&self) -> Option<usize> {
+        self.gpu.wgmma()
+    }
+
     /// A number of elements as a kernel's `int`.
     ///
     /// # Errors

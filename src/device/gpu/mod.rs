@@ -24,7 +24,7 @@ mod session;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub use session::{Graph, Session, Timed};
 
@@ -141,9 +141,14 @@ pub struct Function {
     pub max_threads: u32,
 }
 
-/// A device that runs kernels. Clones are the same device and stream.
+/// Blocks from which a convolution goes by `wgmma` where that is asked for: two on each multiprocessor, about.
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+const WGMMA_BLOCKS: usize = 256;
+
+/// A device that runs kernels, and the number of blocks from which its convolutions go by `wgmma`, if they do. Clones
+/// are the same device and stream.
 #[derive(Clone)]
-pub struct Gpu(Arc<dyn End>);
+pub struct Gpu(Arc<dyn End>, Option<usize>);
 
 impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -154,18 +159,86 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
+    /// A device with what the environment asks for.
+    #[cfg(any(feature = "cuda", feature = "emulator"))]
+    fn new(end: impl End + 'static) -> Result<Self> {
+        let gpu = Self(Arc::new(end), None);
+        let asked = std::env::var_os("ECHOGRAD_WGMMA").unwrap_or_default();
+        match asked.to_str() {
+            Some("" | "0") => Ok(gpu),
+            Some("1") => gpu.with_wgmma(WGMMA_BLOCKS),
+            _ => Err(Error::argument(
+                "ECHOGRAD_WGMMA",
+                format!("expected 0 or 1, found {asked:?}"),
+            )),
+        }
+    }
+
+    /// The same device, on which products of convolutions in bf16 go by the instruction `wgmma` where they make at
+    /// least `blocks` blocks, of tiles that it has. Their sums may differ from those of `mma.sync` in the last bits.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`], of `ECHOGRAD_WGMMA`, if the device has no such instruction, or this build no
+    /// kernels with it.
+    pub fn with_wgmma(self, blocks: usize) -> Result<Self> {
+        match self.lacks_wgmma() {
+            None => Ok(Self(self.0, Some(blocks))),
+            Some(problem) => Err(Error::argument("ECHOGRAD_WGMMA", problem)),
+        }
+    }
+
+    /// The number of [`Gpu::with_wgmma`].
+    pub(crate) fn wgmma(&self) -> Option<usize> {
+        self.1
+    }
+
+    /// Why there is no `wgmma`, if there is none: it is an instruction of compute capability 9.0 alone, which the
+    /// emulator has too.
+    pub(crate) fn lacks_wgmma(&self) -> Option<String> {
+        let Description {
+            name, capability, ..
+        } = self.description();
+        if ![(9, 0), (0, 0)].contains(&capability) {
+            let (major, minor) = capability;
+            return Some(format!(
+                "expected a GPU of compute capability 9.0, found {name} of {major}.{minor}"
+            ));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(compiler) = crate::device::code::COMPILER
+            && capability == (9, 0)
+            && !compiler.architectures.contains(&"90a")
+        {
+            let known = compiler.architectures.join(", sm_");
+            return Some(format!(
+                "expected kernels for sm_90a in this build, found those for sm_{known}"
+            ));
+        }
+        None
+    }
+
+    /// Its name, and whether convolutions go by `wgmma`: what results depend on.
+    pub fn name(&self) -> String {
+        let name = self.description().name;
+        match self.wgmma() {
+            None => name,
+            Some(_) => format!("{name} with wgmma"),
+        }
+    }
+
     /// The emulator.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if this build has none.
+    /// [`crate::Error::Device`] if this build has none, [`crate::Error::Argument`] if `ECHOGRAD_WGMMA` is neither 0
+    /// nor 1.
     pub fn emulator() -> Result<Self> {
         #[cfg(feature = "emulator")]
         {
             crate::device::emulator::available()?;
-            Ok(Self(Arc::new(emulated::Emulator::default())))
+            Self::new(emulated::Emulator::default())
         }
         #[cfg(not(feature = "emulator"))]
-        Err(crate::error::Error::device(
+        Err(Error::device(
             "emulator",
             "not in this build, which lacks the feature `emulator`",
         ))
@@ -175,12 +248,13 @@ impl Gpu {
     ///
     /// # Errors
     /// [`crate::Error::Device`] if this build serves none, if there is no driver or GPU or an old one, or if
-    /// it is in use; [`crate::Error::Argument`] if there is no GPU of that number.
+    /// it is in use; [`crate::Error::Argument`] if there is no GPU of that number, or for `ECHOGRAD_WGMMA` as
+    /// [`Gpu::with_wgmma`] and [`Gpu::emulator`].
     pub fn cuda() -> Result<Self> {
         #[cfg(feature = "cuda")]
-        return Ok(Self(Arc::new(driver::Driver::open()?)));
+        return Self::new(driver::Driver::open()?);
         #[cfg(not(feature = "cuda"))]
-        Err(crate::error::Error::device(
+        Err(Error::device(
             "cuda",
             "not in this build, which lacks the feature `cuda`",
         ))
@@ -188,7 +262,7 @@ impl Gpu {
 
     /// No device at all: sessions on it can be made, to see what they would launch, but not run.
     pub(crate) fn outline() -> Self {
-        Self(Arc::new(outline::Outline::default()))
+        Self(Arc::new(outline::Outline::default()), None)
     }
 
     /// What it is.

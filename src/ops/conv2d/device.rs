@@ -53,7 +53,7 @@ pub(in crate::ops) fn forward(
     if finish.statistics.is_none() && is_small(geometry, geometry.output()) {
         return direct_forward(at, geometry, [x, w, y], finish);
     }
-    let product = Product::forward(geometry, x.is_narrow(), REACH);
+    let product = Product::forward(geometry, x.is_narrow(), REACH).by(at.wgmma());
     if product.fits() && [x, w, y].iter().all(|p| p.is_aligned(16)) {
         product.launch(at, [x, w, y], finish)
     } else {
@@ -86,7 +86,7 @@ pub(in crate::ops) fn input_gradient(
     geometry: &Geometry,
     [w, dy, dx]: [Pointer; 3],
 ) -> Result<()> {
-    let product = Product::input_gradient(geometry, dy.is_narrow(), REACH);
+    let product = Product::input_gradient(geometry, dy.is_narrow(), REACH).by(at.wgmma());
     let aligned = [w, dy, dx].iter().all(|p| p.is_aligned(16));
     if aligned && product.fits() && !is_small(geometry, geometry.x) {
         return product.launch(at, [dy, w, dx], Finish::default());
@@ -142,7 +142,7 @@ pub(in crate::ops) fn weight_gradient(
             SumTo { shape }.launch_of(at, y, [dy, Pointer::NULL], db)?;
         }
     }
-    let product = WeightProduct::new(geometry, x.is_narrow(), REACH);
+    let product = WeightProduct::new(geometry, x.is_narrow(), REACH, at.wgmma());
     let aligned = [x, dy, dw].iter().all(|p| p.is_aligned(16));
     let uniform = x.is_narrow() == dy.is_narrow();
     if aligned && uniform && product.fits() && !small {
@@ -182,8 +182,14 @@ pub(in crate::ops) fn weight_gradient_scratch(geometry: &Geometry, bias: bool) -
         false => 0,
     };
     let direct = direct_pieces(geometry).1 * geometry.w.len() * size_of::<f32>();
-    let bytes = |narrow| WeightProduct::new(geometry, narrow, REACH).scratch().end;
-    bytes(false).max(bytes(true)).max(direct).max(bias)
+    let bytes = |narrow, wgmma| {
+        WeightProduct::new(geometry, narrow, REACH, wgmma)
+            .scratch()
+            .end
+    };
+    let products = bytes(false, None).max(bytes(true, None));
+    let products = products.max(bytes(true, Some(1)));
+    products.max(direct).max(bias)
 }
 
 // ---- Correlations: the convolution and its input gradient ----
@@ -195,12 +201,20 @@ struct Tile {
     rows: usize,
     columns: usize,
     threads: usize,
-    /// Rows of a warp, of which it gives statistics.
+    /// Rows of which it gives statistics: those of a warp, or with `wgmma` of a warpgroup.
     group: usize,
 }
 
 /// Kernels by the tiles they make, without their storage.
-const TILES: [&str; 4] = ["conv_128x128", "conv_128x64", "conv_128x32", "conv_64x64"];
+const TILES: [&str; 7] = [
+    "conv_128x128",
+    "conv_128x64",
+    "conv_128x32",
+    "conv_64x64",
+    "conv_wgmma_256x128",
+    "conv_wgmma_128x128",
+    "conv_wgmma_256x64",
+];
 
 const fn tile(name: usize, [rows, columns]: [usize; 2], threads: usize, group: usize) -> Tile {
     Tile {
@@ -217,6 +231,12 @@ const TALL: Tile = tile(2, [128, 32], 128, 32);
 const SMALL: Tile = tile(3, [64, 64], 128, 32);
 const FULL_MEDIUM: Tile = tile(1, [128, 64], 128, 32);
 const FULL_TALL: Tile = tile(2, [128, 32], 64, 64);
+/// For `wgmma`, the first that makes enough blocks.
+const WARPGROUPS: [Tile; 3] = [
+    tile(4, [256, 128], 256, 128),
+    tile(5, [128, 128], 128, 128),
+    tile(6, [256, 64], 256, 128),
+];
 
 /// The arguments of a tile's kernel: `x`, `w`, `bias`, `y`, statistics, the table of correlations, how many they
 /// are, tiles along the channels, activation, where pieces of the sums go and are counted, and their number.
@@ -244,6 +264,8 @@ struct Product {
     narrow: bool,
     /// Images of a launch; 0 if `conv.cu` cannot take them.
     images: usize,
+    /// Blocks from which it goes by `wgmma`.
+    wgmma: Option<usize>,
 }
 
 /// Offsets of what lies in the scratch of a product.
@@ -278,6 +300,7 @@ impl Product {
             transposed: false,
             narrow,
             images: images(geometry, narrow, reach),
+            wgmma: None,
         }
     }
 
@@ -292,7 +315,13 @@ impl Product {
             transposed: true,
             narrow,
             images: images(geometry, narrow, reach),
+            wgmma: None,
         }
+    }
+
+    /// By `wgmma` from so many blocks on.
+    fn by(self, wgmma: Option<usize>) -> Self {
+        Self { wgmma, ..self }
     }
 
     fn fits(&self) -> bool {
@@ -328,13 +357,17 @@ impl Product {
 
     /// Pieces that the stages of each tile are cut into where there are few tiles: as many as leave a piece eight
     /// stages, and make no more blocks than an H100 holds two of on each multiprocessor. The same everywhere, since sums
-    /// depend on it.
+    /// depend on it. Tiles of `wgmma`, which are taken where there are many, are left whole.
     fn pieces(&self) -> usize {
+        let tile = self.tile();
+        if WARPGROUPS.iter().any(|other| other.name == tile.name) {
+            return 1;
+        }
         let terms = |p: &Correlation| p.taps[0] * p.taps[1] * self.channels;
         let terms = self.parts.iter().map(terms).max().unwrap_or(0);
         let element = if self.narrow { 2 } else { 4 };
         let stages = terms * element / ROW;
-        let blocks = self.blocks(self.x.n, self.tile());
+        let blocks = self.blocks(self.x.n, tile);
         (264 / blocks.max(1)).min(stages / 8).max(1)
     }
 
@@ -350,6 +383,14 @@ impl Product {
     /// to keep most GPUs busy.
     fn tile(&self) -> &'static Tile {
         let covered = |tile: &Tile| self.outputs.next_multiple_of(tile.columns);
+        let least = self
+            .wgmma
+            .filter(|_| self.narrow && self.outputs > TALL.columns);
+        let enough = |tile: &Tile| least.is_some_and(|least| self.blocks(self.x.n, tile) >= least);
+        let mut warpgroups = WARPGROUPS.iter().filter(|tile| enough(tile));
+        if let Some(tile) = warpgroups.find(|tile| covered(tile) == covered(&MEDIUM)) {
+            return tile;
+        }
         match self.narrow {
             true if self.outputs <= TALL.columns => &TALL,
             true if covered(&WIDE) == covered(&MEDIUM) && self.blocks(self.x.n, &WIDE) >= 256 => {
@@ -371,6 +412,7 @@ impl Product {
         }
     }
 
+    /// With `wgmma` no more than without, whose statistics are of fewer rows.
     fn scratch(&self, statistics: bool) -> Scratch {
         let mut scratch = Scratch::default();
         if !self.fits() {
@@ -444,7 +486,10 @@ impl Product {
                 0 => at.launch(grid, &Correlate::<0>(words)),
                 1 => at.launch(grid, &Correlate::<1>(words)),
                 2 => at.launch(grid, &Correlate::<2>(words)),
-                _ => at.launch(grid, &Correlate::<3>(words)),
+                3 => at.launch(grid, &Correlate::<3>(words)),
+                4 => at.launch(grid, &Correlate::<4>(words)),
+                5 => at.launch(grid, &Correlate::<5>(words)),
+                _ => at.launch(grid, &Correlate::<6>(words)),
             }?;
             groups += self.pixels(images).div_ceil(tile.group);
         }
@@ -566,7 +611,11 @@ fn fast_division(divisor: usize) -> [u32; 2] {
 // ---- The weight gradient ----
 
 /// Kernels of the weight gradient by the tiles they make, without their storage.
-const WEIGHT_TILES: [&str; 2] = ["conv_weight_gradient_128x128", "conv_weight_gradient_64x64"];
+const WEIGHT_TILES: [&str; 3] = [
+    "conv_weight_gradient_128x128",
+    "conv_weight_gradient_64x64",
+    "conv_wgmma_weight_gradient_128x256",
+];
 
 /// The arguments of such a kernel: `x`, `dy`, `dw`, the convolution, tiles along the terms, pixels of a piece.
 #[derive(Clone, Copy)]
@@ -587,9 +636,9 @@ struct WeightProduct {
     w: Shape,
     /// Channels of `dy` filled up.
     outputs: usize,
-    /// Of [`WEIGHT_TILES`], the extent of that tile and its threads.
+    /// Of [`WEIGHT_TILES`], the rows and columns of that tile and its threads.
     tile: usize,
-    edge: usize,
+    edges: [usize; 2],
     threads: usize,
     /// Output pixels of a piece, and the number of pieces in all launches.
     piece: usize,
@@ -597,21 +646,38 @@ struct WeightProduct {
 }
 
 impl WeightProduct {
-    fn new(geometry: &Geometry, narrow: bool, reach: usize) -> Self {
+    /// By `wgmma` if there are half as many blocks of its tile, twice as large, or four fifths of that, to which waves
+    /// are filled.
+    fn new(geometry: &Geometry, narrow: bool, reach: usize, wgmma: Option<usize>) -> Self {
+        let other = Self::of(geometry, narrow, reach, false);
+        let Some(least) = wgmma.filter(|_| narrow && other.edges[0] == 128) else {
+            return other;
+        };
+        let product = Self::of(geometry, narrow, reach, true);
+        let covered = |product: &Self| product.tiles() * product.edges[1];
+        let fits = 8 * covered(&product) <= 9 * covered(&other);
+        match fits && 5 * product.tiles() * product.pieces >= 2 * least {
+            true => product,
+            false => other,
+        }
+    }
+
+    fn of(geometry: &Geometry, narrow: bool, reach: usize, wgmma: bool) -> Self {
         let mut forward = Product::forward(geometry, narrow, reach);
         let outputs = filled(geometry.w.n, narrow);
         // It is `dy` whose rows it reads.
         forward.outputs = outputs;
         let terms = forward.taps * forward.channels;
-        let (tile, edge, threads, blocks) = match (narrow, outputs.min(terms) > 64) {
-            (true, true) => (0, 128, 256, 256_usize),
-            (true, false) => (1, 64, 128, 512),
-            (false, _) => (1, 64, 64, 512),
+        let (tile, edges, threads, blocks) = match (narrow, outputs.min(terms) > 64) {
+            _ if wgmma => (2, [128, 256], 256, 128_usize),
+            (true, true) => (0, [128; 2], 256, 256),
+            (true, false) => (1, [64; 2], 128, 512),
+            (false, _) => (1, [64; 2], 64, 512),
         };
         // Whole stages of pixels, and several of them.
         let depth = ROW / if narrow { 2 } else { 4 };
         let pixels = geometry.output().rows();
-        let tiles = outputs.div_ceil(edge) * terms.div_ceil(edge);
+        let tiles = outputs.div_ceil(edges[0]) * terms.div_ceil(edges[1]);
         // The blocks of a few tiles, cut into so many pieces, run in waves. The first number of waves that can be
         // filled to four fifths: one block more than a wave holds would cost another wave. `blocks` is a little
         // less than an H100 holds at a time, and the same everywhere, since sums depend on it.
@@ -635,11 +701,17 @@ impl WeightProduct {
             w: geometry.w,
             outputs,
             tile,
-            edge,
+            edges,
             threads,
             piece,
             pieces,
         }
+    }
+
+    /// Tiles of a piece.
+    fn tiles(&self) -> usize {
+        let terms = self.forward.taps * self.forward.channels;
+        self.outputs.div_ceil(self.edges[0]) * terms.div_ceil(self.edges[1])
     }
 
     fn fits(&self) -> bool {
@@ -697,9 +769,9 @@ impl WeightProduct {
         } else {
             dw
         };
-        let columns = (forward.taps * forward.channels).div_ceil(self.edge);
-        let blocks = self.outputs.div_ceil(self.edge) * columns;
-        let grid = Grid::new(blocks, self.threads as u32).with_shared(STAGES * 2 * self.edge * ROW);
+        let columns = (forward.taps * forward.channels).div_ceil(self.edges[1]);
+        let shared = STAGES * self.edges.iter().sum::<usize>() * ROW;
+        let grid = Grid::new(self.tiles(), self.threads as u32).with_shared(shared);
         let mut done = 0;
         for (first, images) in forward.launches() {
             let table = at.constant(&forward.words(&forward.parts[0], images))?;
@@ -715,7 +787,8 @@ impl WeightProduct {
             let grid = along_y(grid, pieces);
             match self.tile {
                 0 => at.launch(grid, &WeightGradient::<0>(words)),
-                _ => at.launch(grid, &WeightGradient::<1>(words)),
+                1 => at.launch(grid, &WeightGradient::<1>(words)),
+                _ => at.launch(grid, &WeightGradient::<2>(words)),
             }?;
             done += pieces;
         }
@@ -986,6 +1059,76 @@ mod tests {
     }
 
     #[test]
+    fn tiles_of_wgmma_follow_from_extents() {
+        let chosen = |n: usize, edge: usize, [c, o]: [usize; 2], narrow: bool, least: usize| {
+            let geometry = geometry(Shape::new(n, edge, edge, c), o, 3);
+            let without = Product::forward(&geometry, narrow, REACH);
+            let product = Product::forward(&geometry, narrow, REACH).by(Some(least));
+            assert!(product.scratch(true).end <= without.scratch(true).end);
+            TILES[product.tile().name]
+        };
+        assert_eq!(chosen(16, 64, [64, 128], true, 256), "conv_wgmma_256x128");
+        assert_eq!(chosen(16, 48, [64, 128], true, 256), "conv_wgmma_128x128");
+        assert_eq!(chosen(16, 128, [64, 192], true, 256), "conv_wgmma_256x64");
+        assert_eq!(chosen(16, 16, [64, 128], true, 256), "conv_64x64");
+        assert_eq!(chosen(16, 128, [64, 32], true, 256), "conv_128x32");
+        assert_eq!(chosen(16, 64, [64, 128], false, 256), "conv_128x64");
+        // As the tests choose.
+        assert_eq!(chosen(1, 2, [8, 128], true, 1), "conv_wgmma_256x128");
+        assert_eq!(chosen(1, 13, [8, 128], true, 2), "conv_wgmma_128x128");
+        assert_eq!(chosen(1, 2, [8, 40], true, 1), "conv_wgmma_256x64");
+    }
+
+    /// Blocks that an H100 (132 multiprocessors) holds at a time: those of all pieces fill nearly all of some number of
+    /// such waves, unless pieces are as short as they may be.
+    #[test]
+    fn pieces_fill_waves() {
+        for (batch, edge, c, o, kernel) in [
+            (16, 256, 64, 64, 3),
+            (16, 128, 64, 128, 3),
+            (16, 128, 128, 128, 3),
+            (16, 64, 256, 256, 3),
+            (16, 32, 512, 512, 3),
+            (64, 32, 512, 256, 3),
+            (64, 16, 512, 512, 3),
+            (16, 256, 1, 32, 3),
+            (16, 64, 96, 24, 1),
+            (64, 16, 672, 192, 1),
+            (16, 8, 1152, 320, 1),
+        ] {
+            let geometry = geometry(Shape::new(batch, edge, edge, c), o, kernel);
+            for (narrow, wgmma) in [(false, None), (true, None), (true, Some(256))] {
+                let product = WeightProduct::new(&geometry, narrow, REACH, wgmma);
+                let resident = 132 * [2, 4, 1][product.tile];
+                let blocks = product.tiles() * product.pieces;
+                let waves = blocks.div_ceil(resident);
+                let depth = ROW / if narrow { 2 } else { 4 };
+                let shortest = product.piece == 8 * depth;
+                // Rounding pieces to whole stages can leave out a few more.
+                assert!(
+                    shortest || 4 * blocks >= 3 * waves * resident,
+                    "{geometry:?}, {narrow}, {wgmma:?}: {blocks} blocks, {resident} at a time"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_of_wgmma_for_weights_follow_from_extents() {
+        let chosen = |n: usize, edge: usize, [c, o]: [usize; 2], least: usize| {
+            let geometry = geometry(Shape::new(n, edge, edge, c), o, 3);
+            WEIGHT_TILES[WeightProduct::new(&geometry, true, REACH, Some(least)).tile]
+        };
+        let (by_wgmma, other) = (WEIGHT_TILES[2], WEIGHT_TILES[0]);
+        assert_eq!(chosen(16, 64, [128, 128], 256), by_wgmma);
+        assert_eq!(chosen(16, 16, [512, 512], 256), by_wgmma);
+        assert_eq!(chosen(16, 64, [32, 128], 256), other, "288 terms");
+        assert_eq!(chosen(1, 8, [128, 128], 256), other, "5 blocks");
+        assert_eq!(chosen(1, 8, [128, 128], 2), by_wgmma);
+        assert_eq!(chosen(16, 64, [64, 64], 256), WEIGHT_TILES[1]);
+    }
+
+    #[test]
     fn what_offsets_cannot_reach_is_cut_into_launches() {
         let taken = |x: Shape, kernel: usize| images(&geometry(x, 8, kernel), true, REACH);
         let large = |n: usize, c: usize| Shape::new(n, 512, 512, c);
@@ -1040,7 +1183,7 @@ mod launches {
             of(&self.geometry, narrow, self.reach)
         }
         fn weights(&self, narrow: bool) -> WeightProduct {
-            WeightProduct::new(&self.geometry, narrow, self.reach)
+            WeightProduct::new(&self.geometry, narrow, self.reach, None)
         }
     }
 

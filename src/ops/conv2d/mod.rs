@@ -383,16 +383,25 @@ pub(super) fn expect<const N: usize>(
 }
 
 pub(super) fn conv2d_case(s: &mut Sampler) -> Case {
+    // On devices, where kernels choose their tiles by it, some have many channels in place of many pixels.
+    let wide = s.is_large() && s.chance(0.4);
     let mut axis = || {
         let (kernel, stride) = (s.size(1, 4), s.size(1, 3));
         let padding = s.size(0, kernel);
+        let more = if wide { s.size(0, 16) } else { s.extent(0, 5) };
         // The smallest image that the kernel fits on, or a larger one.
-        let extent = kernel.saturating_sub(2 * padding).max(1) + s.extent(0, 5);
+        let extent = kernel.saturating_sub(2 * padding).max(1) + more;
         (kernel, stride, padding, extent)
     };
     let (kh, sh, ph, h) = axis();
     let (kw, sw, pw, w) = axis();
-    let (n, c, out) = (s.size(1, 3), s.size(1, 4), s.size(1, 4));
+    let n = s.size(1, 3);
+    let mut channels = || match wide {
+        true if s.chance(0.3) => 128,
+        true => s.size(17, 72),
+        false => s.size(1, 4),
+    };
+    let (c, out) = (channels(), channels());
     let op = Conv2d {
         stride: [sh, sw],
         padding: [ph, pw],
