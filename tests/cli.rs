@@ -998,6 +998,7 @@ fn a_run_and_its_results_have_the_promised_form() {
             "run/last.safetensors",
             "run/manifest.json",
             "run/metrics.csv",
+            "run/validation/images.csv",
             "run/validation/metrics.json",
             "run/validation/per_image.csv",
         ]

@@ -171,7 +171,8 @@ fn operations(tape: &Tape) -> Vec<Operation> {
             output: [output.n, output.h, output.w, output.c],
             kernel: weight.map(|w| [w.h, w.w]),
             parameters: learned.iter().map(Shape::len).sum(),
-            multiply_adds: weight.map_or(0, |_| flops / 2),
+            // Every output takes all weights of its channel, biases and statistics left out.
+            multiply_adds: weight.map_or(0, |w| (output.len() * (w.len() / w.n)) as u64),
             flops,
         }
     };
