@@ -56,13 +56,17 @@ step() {
 
 step doctor "$echograd" doctor --json
 step gradcheck "$echograd" gradcheck --device cuda
-# Seed 4 draws large problems.
-for tool in memcheck racecheck initcheck synccheck; do
-    options=(--tool "$tool" --error-exitcode 1)
+# sanitized NAME TOOL COMMAND...: a step under one of compute-sanitizer's tools.
+sanitized() {
+    local name=$1 tool=$2 options=(--tool "$2" --error-exitcode 1)
     # The program asks the driver for what may not be there (a kernel's parameters until there are no more, a name in
     # one module after another), and a no is an answer, not an error; those that are, it reports itself.
     if [[ $tool == memcheck ]]; then options+=(--report-api-errors no); fi
-    step "$tool" compute-sanitizer "${options[@]}" "$echograd" gradcheck --device cuda --seed 4 --cases 2
+    step "$name" compute-sanitizer "${options[@]}" "${@:3}"
+}
+# Seed 4 draws large problems.
+for tool in memcheck racecheck initcheck synccheck; do
+    sanitized "$tool" "$tool" "$echograd" gradcheck --device cuda --seed 4 --cases 2
 done
 # Tiles that small problems do not fill, and results against the CPU's.
 for shape in 8,64,64,128 16,64,64,64; do
@@ -89,8 +93,7 @@ done
 if [[ $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) == 9.0 ]]; then
     step gradcheck_wgmma env ECHOGRAD_WGMMA=1 "$echograd" gradcheck --device cuda
     for tool in memcheck racecheck synccheck; do
-        step "${tool}_wgmma" env ECHOGRAD_WGMMA=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$echograd" gradcheck --device cuda --op conv2d --cases 20
+        ECHOGRAD_WGMMA=1 sanitized "${tool}_wgmma" "$tool" "$echograd" gradcheck --device cuda --op conv2d --cases 20
     done
     for preset in unet efficientnet-b1; do
         for batch in 16 64; do
