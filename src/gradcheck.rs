@@ -663,6 +663,24 @@ pub struct Report {
     pub failures: Vec<Failure>,
 }
 
+impl Report {
+    /// Of a check that is one case.
+    fn of_one(op: &'static str, seed: u64, description: &str, outcome: Outcome) -> Self {
+        let failure = outcome.mismatch.map(|mismatch| Failure {
+            seed,
+            description: description.into(),
+            problem: Problem::Mismatch(mismatch),
+        });
+        Self {
+            op,
+            cases: 1,
+            compared: outcome.compared,
+            worst: outcome.worst,
+            failures: failure.into_iter().collect(),
+        }
+    }
+}
+
 /// Checks an operation on the cases that `seed`, `seed + 1`, … draw: against finite differences on the
 /// CPU or, if there is a `gpu`, there against the CPU, in every storage that the GPU has.
 ///
@@ -788,21 +806,7 @@ pub fn check_optimizer(gpu: &Gpu, seed: u64) -> Result<Report> {
         let (found, expected) = (device.read(var)?, cpu.read(var));
         outcome.compare("output", &found, expected, expected, 0.0);
     }
-    let problem = outcome.mismatch.map(Problem::Mismatch);
-    Ok(Report {
-        op: "adamw",
-        cases: 1,
-        compared: outcome.compared,
-        worst: outcome.worst,
-        failures: problem
-            .into_iter()
-            .map(|problem| Failure {
-                seed,
-                description: "five steps".into(),
-                problem,
-            })
-            .collect(),
-    })
+    Ok(Report::of_one("adamw", seed, "five steps", outcome))
 }
 
 /// Checks the kernel that makes batches on a device: images and masks under every kind of change, drawn from `seed`,
@@ -890,21 +894,7 @@ pub fn check_augmentation(gpu: &Gpu, seed: u64) -> Result<Report> {
             }
         }
     }
-    let problem = outcome.mismatch.map(Problem::Mismatch);
-    Ok(Report {
-        op: "augment",
-        cases: 1,
-        compared: outcome.compared,
-        worst: outcome.worst,
-        failures: problem
-            .into_iter()
-            .map(|problem| Failure {
-                seed,
-                description: "a batch".into(),
-                problem,
-            })
-            .collect(),
-    })
+    Ok(Report::of_one("augment", seed, "a batch", outcome))
 }
 
 #[cfg(all(test, echograd_emulator))]
