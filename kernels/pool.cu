@@ -18,7 +18,9 @@ constexpr int kWidth = 16 / sizeof(T);
 
 // A kernel's body for units of a vector and of one element: f(width) with the width as a type.
 template <int n>
-struct Width {};
+struct Width {
+    static constexpr int value = n;
+};
 template <class T, class F>
 __device__ __forceinline__ void by_width(int vector, F f) {
     if (vector != 0) {
@@ -298,13 +300,11 @@ FOR_EACH_TYPE(AVG_POOL2D)
 
 // ---- Bilinear upsampling by two, between pixel centres, the border repeated ----
 
-// The four results that surround a pixel, from its eight neighbours and itself.
+// The four results that surround a pixel, from its eight neighbours and itself. `pitch`: channels of a pixel of y,
+// the last of which they are.
 template <int n, class T>
-__device__ __forceinline__ void upsample(Width<n>, const T* x, T* y, size_t count, unsigned units, int h, int w) {
-    const size_t i = thread_index();
-    if (i >= count) return;
-    const unsigned channels = units * n;
-    const Place at = place_of<n>(i, units, h, w);
+__device__ __forceinline__ void upsample(const T* x, T* y, const Place& at, unsigned channels, unsigned pitch, int h,
+                                         int w) {
     const int rows[3] = {at.row == 0 ? 0 : at.row - 1, at.row, at.row + 1 == h ? at.row : at.row + 1};
     const int left = at.column == 0 ? 0 : -1, right = at.column + 1 == w ? 0 : 1;
     // The three rows, each blended into the left and the right result.
@@ -312,8 +312,8 @@ __device__ __forceinline__ void upsample(Width<n>, const T* x, T* y, size_t coun
 #pragma unroll
     for (int r = 0; r < 3; ++r) {
         const T* from = x + pixel_offset(at.image, rows[r], at.column, h, w, channels) + at.channel;
-        const long long pitch = channels;
-        const Loaded<T, n> a(from + left * pitch), b(from), c(from + right * pitch);
+        const long long step = channels;
+        const Loaded<T, n> a(from + left * step), b(from), c(from + right * step);
 #pragma unroll
         for (int k = 0; k < n; ++k) {
             const float centre = 0.75f * b[k];
@@ -323,22 +323,56 @@ __device__ __forceinline__ void upsample(Width<n>, const T* x, T* y, size_t coun
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        T* to = y + pixel_offset(at.image, 2 * at.row + r, 2 * at.column, 2 * h, 2 * w, channels) + at.channel;
+        T* to = y + pixel_offset(at.image, 2 * at.row + r, 2 * at.column, 2 * h, 2 * w, pitch) +
+                (pitch - channels) + at.channel;
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
             float v[n];
 #pragma unroll
             for (int k = 0; k < n; ++k) v[k] = fmaf(0.25f, blended[2 * r][s][k], 0.75f * blended[1][s][k]);
-            store_vector(to + static_cast<size_t>(s) * channels, v);
+            store_vector(to + static_cast<size_t>(s) * pitch, v);
         }
     }
 }
 
-// y = x with twice its h rows and w columns; units are those of x.
-#define UPSAMPLE2X(T, suffix)                                                                    \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
-        upsample2x_##suffix(const T* x, T* y, size_t count, unsigned units, int vector, int h, int w) { \
-        by_width<T>(vector, [&](auto width) { upsample(width, x, y, count, units, h, w); });     \
+// Channels at.channel.. of the four pixels of the larger map at `at`, from pixels of from_pitch channels to such
+// of to_pitch.
+template <int n, class T>
+__device__ __forceinline__ void copy_four(const T* from, unsigned from_pitch, T* to, unsigned to_pitch,
+                                          const Place& at, int h, int w) {
+    using Unit = Vector<T, n>;
+    const size_t upper = pixel_offset(at.image, 2 * at.row, 2 * at.column, 2 * h, 2 * w, 1);
+    const size_t pixels[4] = {upper, upper + 1, upper + 2 * w, upper + 2 * w + 1};
+    Unit units[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        units[k] = *reinterpret_cast<const Unit*>(from + pixels[k] * from_pitch + at.channel);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        *reinterpret_cast<Unit*>(to + pixels[k] * to_pitch + at.channel) = units[k];
+    }
+}
+
+// y = skip's channels, then those of x with twice its h rows and w columns; units are those of a pixel of y, of
+// which the first `skip_units`, or none, are copied.
+#define UPSAMPLE2X(T, suffix)                                                                              \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                                 \
+        upsample2x_##suffix(const T* x, const T* skip, T* y, size_t count, unsigned units,                 \
+                            unsigned skip_units, int vector, int h, int w) {                               \
+        by_width<T>(vector, [&](auto width) {                                                              \
+            constexpr int n = decltype(width)::value;                                                      \
+            const size_t i = thread_index();                                                               \
+            if (i >= count) return;                                                                        \
+            Place at = place_of<n>(i, units, h, w);                                                        \
+            const unsigned before = skip_units * n, pitch = units * n;                                     \
+            if (at.channel < before) {                                                                     \
+                copy_four<n>(skip, before, y, pitch, at, h, w);                                            \
+            } else {                                                                                       \
+                at.channel -= before;                                                                      \
+                upsample<n>(x, y, at, pitch - before, pitch, h, w);                                        \
+            }                                                                                              \
+        });                                                                                                \
     }
 FOR_EACH_TYPE(UPSAMPLE2X)
 
@@ -351,36 +385,47 @@ struct Taps {
     static __device__ __forceinline__ float weight(int k) { return k == 0 || k == 3 ? 0.25f : 0.75f; }
 };
 
+// `pitch`: channels of a pixel of dy, whose last are those of dx.
 template <int n, class T>
-__device__ __forceinline__ void upsample_gradient(Width<n>, const T* dy, T* dx, size_t count, unsigned units,
-                                                  int h, int w) {
-    const size_t i = thread_index();
-    if (i >= count) return;
-    const unsigned channels = units * n;
-    const Place at = place_of<n>(i, units, h, w);
+__device__ __forceinline__ void upsample_gradient(const T* dy, T* dx, const Place& at, unsigned channels,
+                                                  unsigned pitch, int h, int w) {
     const Taps rows(at.row, h), columns(at.column, w);
     float sum[n] = {};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        const T* row = dy + pixel_offset(at.image, rows.at[r], 0, 2 * h, 2 * w, channels) + at.channel;
+        const T* row = dy + pixel_offset(at.image, rows.at[r], 0, 2 * h, 2 * w, pitch) + (pitch - channels) +
+                       at.channel;
         float line[n] = {};
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-            const Loaded<T, n> v(row + static_cast<size_t>(columns.at[s]) * channels);
+            const Loaded<T, n> v(row + static_cast<size_t>(columns.at[s]) * pitch);
 #pragma unroll
             for (int k = 0; k < n; ++k) line[k] = fmaf(Taps::weight(s), v[k], line[k]);
         }
 #pragma unroll
         for (int k = 0; k < n; ++k) sum[k] = fmaf(Taps::weight(r), line[k], sum[k]);
     }
-    store_vector(dx + i * n, sum);
+    store_vector(dx + pixel_offset(at.image, at.row, at.column, h, w, channels) + at.channel, sum);
 }
 
-// dx from dy, which has twice its h rows and w columns; units are those of dx.
-#define UPSAMPLE2X_GRADIENT(T, suffix)                                                           \
-    extern "C" __global__ void __launch_bounds__(kThreads)                                       \
-        upsample2x_gradient_##suffix(const T* dy, T* dx, size_t count, unsigned units, int vector, int h, \
-                                     int w) {                                                    \
-        by_width<T>(vector, [&](auto width) { upsample_gradient(width, dy, dx, count, units, h, w); }); \
+// dskip and dx from dy, which has the channels of both and twice dx's h rows and w columns; units are those of a
+// pixel of dy, of which the first `skip_units`, or none, are dskip's.
+#define UPSAMPLE2X_GRADIENT(T, suffix)                                                                     \
+    extern "C" __global__ void __launch_bounds__(kThreads)                                                 \
+        upsample2x_gradient_##suffix(const T* dy, T* dx, T* dskip, size_t count, unsigned units,           \
+                                     unsigned skip_units, int vector, int h, int w) {                      \
+        by_width<T>(vector, [&](auto width) {                                                              \
+            constexpr int n = decltype(width)::value;                                                      \
+            const size_t i = thread_index();                                                               \
+            if (i >= count) return;                                                                        \
+            Place at = place_of<n>(i, units, h, w);                                                        \
+            const unsigned before = skip_units * n, pitch = units * n;                                     \
+            if (at.channel < before) {                                                                     \
+                copy_four<n>(dy, pitch, dskip, before, at, h, w);                                          \
+            } else {                                                                                       \
+                at.channel -= before;                                                                      \
+                upsample_gradient<n>(dy, dx, at, pitch - before, pitch, h, w);                             \
+            }                                                                                              \
+        });                                                                                                \
     }
 FOR_EACH_TYPE(UPSAMPLE2X_GRADIENT)

@@ -77,6 +77,24 @@ fn any_number_of_channels_agrees_with_the_cpu() {
     });
 }
 
+/// Vectors on both sides of the skip connection, on one or on none; maps of one row, and of several blocks.
+#[test]
+fn any_skip_connection_agrees_with_the_cpu() {
+    let sizes = [(8, 16), (16, 8), (8, 4), (3, 8), (5, 1), (264, 24)];
+    sizes.into_par_iter().for_each(|(c, skip)| {
+        for [h, w] in [[1, 3], [9, 11]] {
+            let mut s = Sampler::new(c as u64);
+            let (x, skip) = (Shape::new(2, h, w, c), Shape::new(2, 2 * h, 2 * w, skip));
+            let case = Case::new(format!("{x} beside {skip}"), |t, v| {
+                Ok(vec![t.push(Upsample2x, v)?])
+            });
+            let case = case.with("x", x, s.values(x.len(), -1.0, 2.0)).narrow();
+            let case = case.with("skip", skip, s.values(skip.len(), -1.0, 2.0));
+            check(&case.narrow(), 7);
+        }
+    });
+}
+
 /// Pushes an operation on its inputs, and the gradients for all of them from `dy`; on the CPU or the emulator.
 /// `narrow` says which of inputs and `dy` are bf16. Returns `y` and the gradients.
 fn replay(
@@ -199,6 +217,7 @@ fn nan_passes() {
     );
     compare(GlobalAvgPool, x, None);
     compare(Upsample2x, x, None);
+    compare(Upsample2x, x, Some(Shape::new(2, 6, 6, 8)));
     compare(Gate, x, Some(Shape::per_image(2, 8)));
     compare(Gate, x, Some(Shape { c: 1, ..x }));
 }

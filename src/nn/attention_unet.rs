@@ -5,7 +5,6 @@ use super::{EfficientNet, Heads, Logits, Network, Start};
 use crate::error::Result;
 use crate::ops::activation::Activation;
 use crate::ops::add_relu::AddRelu;
-use crate::ops::concat::Concat;
 use crate::ops::gate::Gate;
 use crate::ops::pool::GlobalAvgPool;
 use crate::ops::upsample::Upsample2x;
@@ -47,11 +46,12 @@ impl AttentionUNet {
                 x = network.scope(&format!("decoder.{level}"), |n| {
                     let skip = level.checked_sub(1).map(|map| maps[map]);
                     let gated = skip.map(|skip| n.scope("gate", |n| attend(n, skip, x)));
-                    let mut up = n.tape().push(Upsample2x, &[x])?;
+                    let mut joint = vec![x];
                     if let Some(gated) = gated {
-                        up = n.tape().push(Concat, &[gated?, up])?;
+                        joint.push(gated?);
                     }
-                    block(n, up, width)
+                    let joint = n.tape().push(Upsample2x, &joint)?;
+                    block(n, joint, width)
                 })?;
             }
             Some(network.logit("mask", x)?)

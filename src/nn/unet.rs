@@ -4,7 +4,6 @@
 use super::{Heads, Logits, Network};
 use crate::error::Result;
 use crate::ops::activation::Activation;
-use crate::ops::concat::Concat;
 use crate::ops::pool::{GlobalAvgPool, MaxPool2d};
 use crate::ops::upsample::Upsample2x;
 use crate::tape::Var;
@@ -62,8 +61,7 @@ impl UNet {
         let mask = if heads.mask {
             for (level, &skip) in skips.iter().enumerate().rev() {
                 x = network.scope(&format!("decoder.{level}"), |n| {
-                    let up = n.tape().push(Upsample2x, &[x])?;
-                    let joint = n.tape().push(Concat, &[skip, up])?;
+                    let joint = n.tape().push(Upsample2x, &[x, skip])?;
                     block(n, joint, self.widths[level])
                 })?;
             }

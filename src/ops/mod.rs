@@ -333,16 +333,25 @@ pub(crate) fn apply<T: crate::device::cpu::Element>(
     op: impl Op + 'static,
     inputs: &[(Shape, &[T])],
 ) -> Vec<T> {
+    apply_all(op, inputs).swap_remove(0)
+}
+
+/// Applies an operation once and returns all its outputs.
+#[cfg(test)]
+pub(crate) fn apply_all<T: crate::device::cpu::Element>(
+    op: impl Op + 'static,
+    inputs: &[(Shape, &[T])],
+) -> Vec<Vec<T>> {
     use crate::device::cpu::Session;
     use crate::tape::{Plan, Tape};
     let mut tape = Tape::new();
     let vars: Vec<Var> = inputs.iter().map(|i| tape.input("input", i.0)).collect();
-    let y = tape.push(op, &vars).unwrap();
-    tape.keep(y);
+    let outputs = tape.push_all(op, &vars).unwrap();
+    outputs.iter().for_each(|&y| tape.keep(y));
     let mut session = Session::<T>::new(Plan::new(&tape, Default::default()).unwrap()).unwrap();
     for (&var, input) in vars.iter().zip(inputs) {
         session.write(var, input.1);
     }
     session.run();
-    session.read(y).to_vec()
+    outputs.iter().map(|&y| session.read(y).to_vec()).collect()
 }

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::pointwise::{THREADS, Units, extent};
+use super::pointwise::{THREADS, Units, extent, width};
 use super::{Kernel, Op};
 use crate::device::cpu::Io;
-use crate::device::gpu::launch::{Grid, Launches, Stored, kernel};
+use crate::device::gpu::launch::{Grid, Launches, Pointer, Stored, kernel};
 use crate::device::simd::{self, Lanes};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gradcheck::{Case, Sampler};
 use crate::tape::{Backward, Var};
 use crate::tensor::{Real, Shape};
@@ -18,17 +18,30 @@ use crate::tensor::{Real, Shape};
 /// (PyTorch's `align_corners = false`): N×H×W×C → N×2H×2W×C. Along each axis
 /// `y[2i] = ¼x[i−1] + ¾x[i]` and `y[2i+1] = ¾x[i] + ¼x[i+1]`.
 ///
-/// Passes over memory: reads `x`, writes `y`; the gradient gathers from `dy` and writes `dx`.
+/// With a second input `skip`, N×2H×2W×S, what a U-Net's decoder joins: N×2H×2W×(S+C), the channels of `skip` before
+/// those of `x`. Upsampling and [`Concat`](super::concat::Concat) would write and read the larger map once more, and
+/// their gradients too.
+///
+/// Passes over memory: reads `x` and `skip`, writes `y`; the gradient gathers from `dy` and writes `dx` and `dskip`.
 #[derive(Clone, Copy, Debug)]
 pub struct Upsample2x;
 
 impl<T: Real> Kernel<T> for Upsample2x {
     fn run(&self, io: &mut Io<'_, T>) {
         let (x, y) = (io.input(0), io.output(0));
+        let skip = (io.inputs() == 2).then(|| io.input(1));
         let Shape { h, w, c, .. } = io.input_shape(0);
-        y.par_chunks_mut(2 * w * c)
+        let pitch = io.output_shape(0).c;
+        let start = pitch - c;
+        y.par_chunks_mut(2 * w * pitch)
             .enumerate()
             .for_each(|(row, y)| {
+                if let Some(skip) = skip {
+                    let skip = skip[row * 2 * w * start..].chunks_exact(start);
+                    for (y, skip) in y.chunks_exact_mut(pitch).zip(skip) {
+                        y[..start].copy_from_slice(skip);
+                    }
+                }
                 let (image, row) = (row / (2 * h), row % (2 * h));
                 let (near, far) = neighbours(row, h);
                 let x = |i: usize| &x[(image * h + i) * w * c..][..w * c];
@@ -36,6 +49,7 @@ impl<T: Real> Kernel<T> for Upsample2x {
                     near: x(near),
                     far: x(far),
                     c,
+                    pitch,
                     y,
                 });
             });
@@ -53,11 +67,12 @@ fn neighbours(o: usize, size: usize) -> (usize, usize) {
     (near, far)
 }
 
-/// One row of the result from two rows of the input.
+/// One row of the result from two rows of the input: the last `c` of each pixel's `pitch` channels.
 struct Row<'a, T> {
     near: &'a [T],
     far: &'a [T],
     c: usize,
+    pitch: usize,
     y: &'a mut [T],
 }
 
@@ -65,10 +80,13 @@ impl<T: Real> simd::Kernel<T> for Row<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
-        let (c, pixels) = (self.c, self.near.len() / self.c);
+        let (c, pitch, pixels) = (self.c, self.pitch, self.near.len() / self.c);
         let (less, more) = (L::splat(T::of(0.25)), L::splat(T::of(0.75)));
         for channel in (0..c).step_by(L::N) {
-            let at = Channels { c, channel };
+            let at = Channels {
+                pitch: c,
+                from: channel,
+            };
             let rows = [self.near, self.far];
             // Each blend of the two rows serves three columns.
             let mut centre = blend::<L>(rows, 0, at);
@@ -80,9 +98,9 @@ impl<T: Real> simd::Kernel<T> for Row<'_, T> {
                     centre
                 };
                 let most = centre * more;
-                let y = &mut self.y[2 * pixel * c..2 * (pixel + 1) * c];
-                let (even, odd) = y.split_at_mut(c);
-                let [even, odd] = [&mut even[channel..], &mut odd[channel..]];
+                let y = &mut self.y[2 * pixel * pitch..2 * (pixel + 1) * pitch];
+                let (even, odd) = y.split_at_mut(pitch);
+                let [even, odd] = [even, odd].map(|y| &mut y[pitch - c + channel..]);
                 left.mul_add(less, most).store_first(even);
                 right.mul_add(less, most).store_first(odd);
                 (left, centre) = (centre, right);
@@ -91,17 +109,17 @@ impl<T: Real> simd::Kernel<T> for Row<'_, T> {
     }
 }
 
-/// The lanes of a pixel of `c` channels from `channel` on.
+/// The lanes of a pixel of `pitch` channels that begin at channel `from`.
 #[derive(Clone, Copy)]
 struct Channels {
-    c: usize,
-    channel: usize,
+    pitch: usize,
+    from: usize,
 }
 
 impl Channels {
     #[inline(always)]
     fn load<L: Lanes>(self, row: &[L::Elem], pixel: usize) -> L {
-        L::load_first(&row[pixel * self.c..][self.channel..self.c])
+        L::load_first(&row[pixel * self.pitch..][self.from..self.pitch])
     }
 }
 
@@ -118,10 +136,20 @@ impl Op for Upsample2x {
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
         let Shape { n, h, w, c } = inputs[0];
-        Ok(vec![Shape::new(n, 2 * h, 2 * w, c)])
+        let up = Shape::new(n, 2 * h, 2 * w, c);
+        let Some(&skip) = inputs.get(1) else {
+            return Ok(vec![up]);
+        };
+        let expected = Shape { c: skip.c, ..up };
+        if skip != expected {
+            let problem = format!("{skip} beside {}: expected {expected}", inputs[0]);
+            return Err(Error::shape(self.name(), problem));
+        }
+        let c = skip.c + c;
+        Ok(vec![Shape { c, ..up }])
     }
-    fn flops(&self, _: &[Shape], outputs: &[Shape]) -> u64 {
-        8 * outputs[0].len() as u64
+    fn flops(&self, inputs: &[Shape], _: &[Shape]) -> u64 {
+        8 * 4 * inputs[0].len() as u64
     }
     fn rerun(&self, inputs: &[Var], _: &[Var]) -> Option<(Arc<dyn Op>, Vec<Var>)> {
         Some((Arc::new(*self), inputs.to_vec()))
@@ -130,52 +158,106 @@ impl Op for Upsample2x {
         let Some(dy) = at.gradient(0) else {
             return Ok(());
         };
-        let dx = at.push(Upsample2xGradient, &[dy])?;
-        at.set(0, dx)
+        let c = at.shape(at.input(0)).c;
+        let gradients = at.push_all(Upsample2xGradient { c }, &[dy])?;
+        for (i, gradient) in gradients.into_iter().enumerate() {
+            at.set(i, gradient)?;
+        }
+        Ok(())
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        let (x, y, shape) = (at.input(0), at.output(0), at.input_shape(0));
-        let units = Units::new(shape.c, &[y, x]);
-        let count = shape.rows() * units.each;
+        let (x, y, from) = (at.input(0), at.output(0), at.input_shape(0));
+        let skip = (at.inputs() == 2).then(|| at.input(1));
+        let units = SplitUnits::new(at.output_shape(0).c, from.c, [x, y, skip.unwrap_or(x)])?;
+        let count = from.rows() * units.each as usize;
         let arguments = UpsampleKernel {
             x: x.into(),
+            skip: skip.unwrap_or(x).into(),
             y: y.into(),
             count: count as u64,
-            units: extent(self.name(), units.each)?,
+            units: units.each,
+            skip_units: units.skip,
             vector: units.vector.into(),
-            h: at.int(2 * shape.h)? / 2,
-            w: at.int(2 * shape.w)? / 2,
+            h: at.int(2 * from.h)? / 2,
+            w: at.int(2 * from.w)? / 2,
         };
         at.launch(Grid::cover(count, THREADS as u32), &arguments)
     }
 }
 
+/// [`Units`] of a pixel of `y` or `dy`, and how many of them are of the skip connection.
+struct SplitUnits {
+    each: u32,
+    skip: u32,
+    vector: bool,
+}
+
+impl SplitUnits {
+    /// Of `both` channels the last `c` are upsampled.
+    fn new(both: usize, c: usize, pointers: [Pointer; 3]) -> Result<Self> {
+        let name = Upsample2x.name();
+        // A multiple of a power of two that both are: their bits below it are 0.
+        let Units { vector, .. } = Units::new(both | c, &pointers);
+        let units = |channels| {
+            let width = if vector {
+                width(pointers[0].is_narrow())
+            } else {
+                1
+            };
+            extent(name, channels / width)
+        };
+        Ok(Self {
+            each: units(both)?,
+            skip: units(both - c)?,
+            vector,
+        })
+    }
+}
+
 kernel! {
     struct UpsampleKernel = "upsample2x" {
-        x: Stored, y: Stored, count: u64, units: u32, vector: i32, h: i32, w: i32
+        x: Stored, skip: Stored, y: Stored, count: u64, units: u32, skip_units: u32, vector: i32, h: i32, w: i32
     }
 }
 
 kernel! {
     struct UpsampleGradientKernel = "upsample2x_gradient" {
-        dy: Stored, dx: Stored, count: u64, units: u32, vector: i32, h: i32, w: i32
+        dy: Stored, dx: Stored, dskip: Stored, count: u64, units: u32, skip_units: u32, vector: i32, h: i32, w: i32
     }
 }
 
-/// Gradient of [`Upsample2x`]; input `dy`.
+/// Gradient of [`Upsample2x`]; input `dy`, outputs `dx` and, if `dy` has more channels than that, `dskip`.
 #[derive(Clone, Copy, Debug)]
-struct Upsample2xGradient;
+struct Upsample2xGradient {
+    /// Channels of `dx`, the last of `dy`.
+    c: usize,
+}
 
 impl<T: Real> Kernel<T> for Upsample2xGradient {
     fn run(&self, io: &mut Io<'_, T>) {
         let (dy, dx) = (io.input(0), io.output(0));
         let Shape { h, w, c, .. } = io.output_shape(0);
-        let wide = 2 * w * c;
-        dx.par_chunks_mut(w * c).enumerate().for_each(|(row, dx)| {
+        let pitch = io.input_shape(0).c;
+        let wide = 2 * w * pitch;
+        let gather = |row: usize, dx: &mut [T]| {
             let (image, row) = (row / h, row % h);
             let rows = taps(row, h)
                 .map(|(o, weight)| (&dy[(image * 2 * h + o) * wide..][..wide], T::of(weight)));
-            simd::dispatch(GradientRow { rows, c, dx });
+            simd::dispatch(GradientRow { rows, c, pitch, dx });
+        };
+        let rows = dx.par_chunks_mut(w * c).enumerate();
+        if io.outputs() == 1 {
+            rows.for_each(|(row, dx)| gather(row, dx));
+            return;
+        }
+        let start = pitch - c;
+        let dskip = io.output(1).par_chunks_mut(2 * 2 * w * start);
+        rows.zip(dskip).for_each(|((row, dx), dskip)| {
+            let dy = dy[2 * row * wide..].chunks_exact(pitch);
+            for (dskip, dy) in dskip.chunks_exact_mut(start).zip(dy) {
+                dskip.copy_from_slice(&dy[..start]);
+            }
+            gather(row, dx);
         });
     }
 }
@@ -192,9 +274,11 @@ fn taps(i: usize, size: usize) -> [(usize, f64); 4] {
     ]
 }
 
+/// One row of `dx` from the last `c` of each pixel's `pitch` channels in four rows of `dy`.
 struct GradientRow<'a, T> {
     rows: [(&'a [T], T); 4],
     c: usize,
+    pitch: usize,
     dx: &'a mut [T],
 }
 
@@ -202,11 +286,14 @@ impl<T: Real> simd::Kernel<T> for GradientRow<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes<Elem = T>>(self) {
-        let (c, pixels) = (self.c, self.dx.len() / self.c);
+        let (c, pitch, pixels) = (self.c, self.pitch, self.dx.len() / self.c);
         let one = L::splat(T::of(1.0));
         let (less, more) = (L::splat(T::of(0.25)), L::splat(T::of(0.75)));
         for channel in (0..c).step_by(L::N) {
-            let at = Channels { c, channel };
+            let at = Channels {
+                pitch,
+                from: pitch - c + channel,
+            };
             // As the taps along a column: of the four columns, two serve the next pixel too.
             let (mut before, mut first) = (L::zero(), column::<L>(&self.rows, 0, at));
             for pixel in 0..pixels {
@@ -244,33 +331,53 @@ impl Op for Upsample2xGradient {
     }
     fn outputs(&self, inputs: &[Shape]) -> Result<Vec<Shape>> {
         let Shape { n, h, w, c } = inputs[0];
-        Ok(vec![Shape::new(n, h / 2, w / 2, c)])
+        let dx = Shape::new(n, h / 2, w / 2, self.c);
+        let dskip = Shape {
+            c: c - self.c,
+            ..inputs[0]
+        };
+        Ok([dx, dskip].into_iter().filter(|s| s.c > 0).collect())
     }
     fn flops(&self, _: &[Shape], outputs: &[Shape]) -> u64 {
         40 * outputs[0].len() as u64
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
-        let (dy, dx, shape) = (at.input(0), at.output(0), at.output_shape(0));
-        let units = Units::new(shape.c, &[dx, dy]);
-        let count = shape.rows() * units.each;
+        let (dy, dx, to) = (at.input(0), at.output(0), at.output_shape(0));
+        let dskip = (at.outputs() == 2).then(|| at.output(1)).unwrap_or(dx);
+        let units = SplitUnits::new(at.input_shape(0).c, to.c, [dy, dx, dskip])?;
+        let count = to.rows() * units.each as usize;
         let arguments = UpsampleGradientKernel {
             dy: dy.into(),
             dx: dx.into(),
+            dskip: dskip.into(),
             count: count as u64,
-            units: extent(self.name(), units.each)?,
+            units: units.each,
+            skip_units: units.skip,
             vector: units.vector.into(),
-            h: at.int(2 * shape.h)? / 2,
-            w: at.int(2 * shape.w)? / 2,
+            h: at.int(2 * to.h)? / 2,
+            w: at.int(2 * to.w)? / 2,
         };
         at.launch(Grid::cover(count, THREADS as u32), &arguments)
     }
 }
 
 pub(super) fn upsample2x_case(s: &mut Sampler) -> Case {
-    let shape = s.shape();
-    Case::new(format!("{shape}"), |t, v| Ok(vec![t.push(Upsample2x, v)?]))
-        .with("x", shape, s.values(shape.len(), -2.0, 2.0))
-        .narrow()
+    let x = s.shape();
+    let skip = s
+        .chance(0.5)
+        .then(|| Shape::new(x.n, 2 * x.h, 2 * x.w, s.extent(1, 5)));
+    let beside = skip.map_or_else(String::new, |skip| format!(" beside {skip}"));
+    let case = Case::new(format!("{x}{beside}"), |t, v| {
+        Ok(vec![t.push(Upsample2x, v)?])
+    });
+    let inputs = [Some(("x", x)), skip.map(|skip| ("skip", skip))];
+    inputs
+        .into_iter()
+        .flatten()
+        .fold(case, |case, (name, shape)| {
+            let values = s.values(shape.len(), -2.0, 2.0);
+            case.with(name, shape, values).narrow()
+        })
 }
 
 #[cfg(test)]
@@ -278,7 +385,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ops::apply;
+    use crate::ops::concat::{Concat, SliceChannels};
+    use crate::ops::{apply, apply_all};
 
     proptest! {
         #[test]
@@ -304,5 +412,36 @@ mod tests {
                 prop_assert!((y - expected).abs() < 1e-14);
             }
         }
+
+        /// Joined in one pass, bits and gradients are those of upsampling and concatenation.
+        #[test]
+        fn with_a_skip_connection_it_is_a_concatenation(
+            n in 1..3usize, h in 1..6usize, w in 1..6usize, c in 1..40usize, s in 1..40usize, seed in any::<u64>()
+        ) {
+            let (x, skip) = (Shape::new(n, h, w, c), Shape::new(n, 2 * h, 2 * w, s));
+            let values = |shape: Shape, k| Sampler::new(seed ^ k).values(shape.len(), -2.0, 2.0);
+            let inputs = [(x, &values(x, 0)[..]), (skip, &values(skip, 1)[..])];
+            let up = Shape { c, ..skip };
+            let upsampled = apply(Upsample2x, &inputs[..1]);
+            let joint = apply(Concat, &[inputs[1], (up, &upsampled)]);
+            prop_assert_eq!(apply(Upsample2x, &inputs), joint);
+
+            let both = Shape { c: s + c, ..skip };
+            let dy = values(both, 2);
+            let slice = |start, channels| apply(SliceChannels { start, channels }, &[(both, &dy)]);
+            let dx = apply(Upsample2xGradient { c }, &[(up, &slice(s, c))]);
+            let gradients = apply_all(Upsample2xGradient { c }, &[(both, &dy)]);
+            prop_assert_eq!(gradients, [dx, slice(0, s)]);
+        }
+    }
+
+    #[test]
+    fn a_skip_connection_of_another_extent_is_named() {
+        let error = Upsample2x.outputs(&[Shape::new(1, 2, 3, 4), Shape::new(1, 4, 5, 4)]);
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("1×4×5×4") && error.contains("1×4×6×4"),
+            "{error}"
+        );
     }
 }
