@@ -341,6 +341,9 @@ impl Op for Upsample2xGradient {
     fn flops(&self, _: &[Shape], outputs: &[Shape]) -> u64 {
         40 * outputs[0].len() as u64
     }
+    fn narrow(&self, _: usize, inputs: &[bool]) -> bool {
+        inputs[0]
+    }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let (dy, dx, to) = (at.input(0), at.output(0), at.output_shape(0));
         let dskip = (at.outputs() == 2).then(|| at.output(1)).unwrap_or(dx);
