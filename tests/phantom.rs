@@ -212,7 +212,7 @@ fn a_written_series_is_read_back_as_busi_and_does_not_depend_on_threads() {
         };
         let path = folder.path().join(name);
         let counts = pool
-            .install(|| write(Site::D, 14, 2, &path, &done))
+            .install(|| write(&[Site::D, Site::B], 14, 2, &path, &done))
             .unwrap();
         assert_eq!(calls.into_inner(), 14);
         counts
@@ -227,7 +227,9 @@ fn a_written_series_is_read_back_as_busi_and_does_not_depend_on_threads() {
     assert_eq!(first.cases(), second.cases());
     assert_eq!(first.cases().len(), 14);
     assert!(first.drops().is_empty());
-    let mut left: Vec<Phantom> = (0..14).map(|i| generate(Site::D, 2, i)).collect();
+    let mut left: Vec<Phantom> = (0..7)
+        .flat_map(|i| [Site::D, Site::B].map(|site| generate(site, 2, i)))
+        .collect();
     for (i, case) in first.cases().iter().enumerate() {
         let (image, mask) = (first.image(i).unwrap(), first.mask(i).unwrap());
         assert_eq!(mask, second.mask(i).unwrap());
@@ -246,7 +248,7 @@ fn a_written_series_is_read_back_as_busi_and_does_not_depend_on_threads() {
 fn nothing_is_overwritten() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("notes.txt"), "mine").unwrap();
-    let error = write(Site::A, 1, 0, folder.path(), &|_| Ok(()))
+    let error = write(&[Site::A], 1, 0, folder.path(), &|_| Ok(()))
         .unwrap_err()
         .to_string();
     assert!(
@@ -256,7 +258,8 @@ fn nothing_is_overwritten() {
     let entries = std::fs::read_dir(folder.path()).unwrap().count();
     assert_eq!(entries, 1);
     let file = folder.path().join("notes.txt");
-    assert!(write(Site::A, 1, 0, &file, &|_| Ok(())).is_err());
+    assert!(write(&[Site::A], 1, 0, &file, &|_| Ok(())).is_err());
+    assert!(write(&[], 1, 0, &folder.path().join("none"), &|_| Ok(())).is_err());
 }
 
 #[test]
@@ -266,7 +269,7 @@ fn a_series_that_is_stopped_leaves_nothing_behind() {
         3 => Err(echograd::Error::Interrupted),
         _ => Ok(()),
     };
-    let result = write(Site::A, 10, 0, folder.path(), &stop);
+    let result = write(&[Site::A], 10, 0, folder.path(), &stop);
     assert!(matches!(result, Err(echograd::Error::Interrupted)));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

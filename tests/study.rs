@@ -29,7 +29,7 @@ fn data() -> &'static [String; 2] {
         let folder = tempfile::tempdir().unwrap();
         let specs = [(Site::A, 30), (Site::B, 16)].map(|(site, count)| {
             let path = folder.path().join(site.to_string());
-            phantom::write(site, count, 5, &path, &|_| Ok(())).unwrap();
+            phantom::write(&[site], count, 5, &path, &|_| Ok(())).unwrap();
             format!("busi:{}", path.display())
         });
         (folder, specs)

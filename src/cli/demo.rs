@@ -205,7 +205,7 @@ impl Demo<'_> {
                 self.console.progress(&what, n as u64, count as u64, "");
                 stop(self.interrupt)
             };
-            phantom::write(site, count, self.seed, &self.folder(site), &done)?;
+            phantom::write(&[site], count, self.seed, &self.folder(site), &done)?;
             self.console.line(&format!("site {site}: {count} phantoms"));
         }
         Ok(())

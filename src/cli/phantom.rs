@@ -14,9 +14,9 @@ use crate::train::{Report as _, stop};
 /// dynamic range, artefacts.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The hospital: A, B, C or D
-    #[arg(long)]
-    site: Site,
+    /// The hospital: A, B, C or D; of several, e.g. A,B,C,D, each makes its share
+    #[arg(long, required = true, value_name = "SITE", value_delimiter = ',')]
+    site: Vec<Site>,
     /// Number of images; about one in seven shows no lesion
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     count: u32,
@@ -40,13 +40,15 @@ impl Args {
             stop(interrupt)
         };
         let [benign, malignant, normal] =
-            phantom::write(self.site, self.count as usize, self.seed, &self.out, &done)?;
+            phantom::write(&self.site, self.count as usize, self.seed, &self.out, &done)?;
         drop(console);
+        let sites: Vec<String> = self.site.iter().map(Site::to_string).collect();
         outln!(
-            "{}: {} images of site {} ({benign} benign, {malignant} malignant, {normal} normal)",
+            "{}: {} images of site{} {} ({benign} benign, {malignant} malignant, {normal} normal)",
             self.out.display(),
             self.count,
-            self.site
+            if sites.len() == 1 { "" } else { "s" },
+            sites.join(", ")
         );
         Ok(ExitCode::SUCCESS)
     }

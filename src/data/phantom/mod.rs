@@ -210,21 +210,24 @@ fn scanner(site: Site, draws: &mut Draws) -> Scanner {
     }
 }
 
-/// Writes images 0 to `count` − 1 as a data set in BUSI's layout: `benign/benign (1).png` with
-/// `benign/benign (1)_mask.png` and so on, normals with a black mask. Images are made in parallel;
-/// `done` is called after each, from any thread, with the number written so far, and its error ends the
-/// work. Returns the number of benign, malignant and normal images.
+/// Writes `count` images as a data set in BUSI's layout: `benign/benign (1).png` with
+/// `benign/benign (1)_mask.png` and so on, normals with a black mask. `sites` take turns, each with its images 0, 1
+/// and so on. Images are made in parallel; `done` is called after each, from any thread, with the number written so
+/// far, and its error ends the work. Returns the number of benign, malignant and normal images.
 ///
 /// # Errors
-/// [`Error::File`] if `folder` exists and is not empty, or cannot be written; those of `done`. The
+/// [`Error::Argument`] if `sites` is empty; [`Error::File`] if `folder` exists and is not empty, or cannot be written; those of `done`. The
 /// images written until then are taken away again.
 pub fn write(
-    site: Site,
+    sites: &[Site],
     count: usize,
     seed: u64,
     folder: &Path,
     done: &(dyn Fn(usize) -> Result<()> + Sync),
 ) -> Result<[usize; 3]> {
+    if sites.is_empty() {
+        return Err(Error::argument("sites", "expected one or more, found none"));
+    }
     std::fs::create_dir_all(folder).map_err(|e| Error::caused(folder, "cannot be made", e))?;
     let mut entries =
         std::fs::read_dir(folder).map_err(|e| Error::caused(folder, "cannot be read", e))?;
@@ -239,16 +242,17 @@ pub fn write(
         std::fs::create_dir(&class).map_err(|e| Error::caused(&class, "cannot be made", e))?;
     }
     let mut counts = [0; 3];
-    let jobs: Vec<(u64, Label, usize)> = (0..count as u64)
-        .map(|index| {
+    let jobs: Vec<(Site, u64, Label, usize)> = (0..count)
+        .map(|i| {
+            let (site, index) = (sites[i % sites.len()], (i / sites.len()) as u64);
             let label = label(site, seed, index);
             let number = &mut counts[label as usize];
             *number += 1;
-            (index, label, *number)
+            (site, index, label, *number)
         })
         .collect();
     let written = AtomicUsize::new(0);
-    let result = jobs.into_par_iter().try_for_each(|(index, label, number)| {
+    let write = |(site, index, label, number): (Site, u64, Label, usize)| {
         let Phantom { image, mask, .. } = generate(site, seed, index);
         let stem = folder
             .join(label.as_str())
@@ -261,7 +265,8 @@ pub fn write(
             &mask,
         )?;
         done(written.fetch_add(1, Ordering::Relaxed) + 1)
-    });
+    };
+    let result = jobs.into_par_iter().try_for_each(write);
     if result.is_err() {
         // Part of a data set would pass for the whole. The folder was empty, so all in it is ours.
         for label in Label::ALL {
