@@ -1,7 +1,8 @@
 // The losses that are not fused: cross-entropy, soft Dice and squared error of images, and the weighted
 // mean of their values. What the fused kernels are compared with, so each makes no more passes over memory
 // than an operation of its own must: every element is read once forward (twice where a gradient needs its
-// image's sums first) and written once backward, 16 bytes a thread and access.
+// image's sums first) and written once backward, 16 bytes a thread and access. Beside them the overlap of masks,
+// which validation counts.
 //
 // An image of len elements is cut into pieces of kPiece, a block each. A thread adds up to 16 terms in f32,
 // the block adds those in f64, and the sums of all pieces go to `partial`, [image][piece][sum]. Whoever
@@ -41,6 +42,18 @@ struct Dice {
     __device__ __forceinline__ void operator()(float (&sum)[2], float m, float g) const {
         sum[0] = fmaf(m, g, sum[0]);
         sum[1] += m + g;
+    }
+};
+
+// Pixels in both masks, and in the one plus in the other: a logit of 0 or more is inside, and so is a pixel that is at
+// least half lesion. Counts of a piece are exact.
+struct Overlap {
+    static constexpr int kSums = 2;
+    __device__ __forceinline__ void operator()(float (&sum)[2], float z, float g) const {
+        const bool predicted = z >= 0.0f, truth = g >= 0.5f;
+        if (predicted && truth) sum[0] += 1.0f;
+        if (predicted) sum[1] += 1.0f;
+        if (truth) sum[1] += 1.0f;
     }
 };
 
@@ -167,6 +180,8 @@ SUMS(bce_sums_f32, CrossEntropy, float, float)
 SUMS(bce_sums_bf16, CrossEntropy, bf16, bf16)
 SUMS(dice_sums_f32, Dice, float, float)
 SUMS(dice_sums_bf16, Dice, bf16, bf16)
+SUMS(overlap_sums_f32, Overlap, float, float)
+SUMS(overlap_sums_bf16, Overlap, bf16, bf16)
 SUMS(mse_sums_f32, SquaredError, float, float)
 SUMS(mse_sums_bf16, SquaredError, bf16, bf16)
 // The targets in f32 whatever the logits: labels, one per image.
@@ -187,6 +202,14 @@ extern "C" __global__ void __launch_bounds__(32) soft_dice(const double* partial
     const double both = image_sum<2>(partial, image, pieces, 0);
     const double either = image_sum<2>(partial, image, pieces, 1);
     if (threadIdx.x == 0) y[image] = static_cast<float>(1.0 - (2.0 * both + 1.0) / (either + 1.0));
+}
+
+// y[image] = (pixels in both masks, pixels in the one plus in the other). Grid: one warp per image.
+extern "C" __global__ void __launch_bounds__(32) overlap(const double* partial, float* y, int pieces) {
+    const int image = static_cast<int>(blockIdx.x);
+    const double both = image_sum<2>(partial, image, pieces, 0);
+    const double either = image_sum<2>(partial, image, pieces, 1);
+    if (threadIdx.x < 2) y[2 * image + static_cast<int>(threadIdx.x)] = static_cast<float>(threadIdx.x == 0 ? both : either);
 }
 
 // dz = dy/len·(σ(z)(1 − g) − σ(−z)g), which cancels nowhere. Grid as FAMILY_sums.

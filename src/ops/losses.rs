@@ -39,14 +39,14 @@ const DEVICE_PIECE: usize = 4096;
 
 /// How a GPU's kernels see a batch: elements of an image, pieces of an image, blocks.
 #[derive(Clone, Copy)]
-struct Pieces {
-    len: i32,
-    pieces: i32,
-    grid: Grid,
+pub(super) struct Pieces {
+    pub len: i32,
+    pub pieces: i32,
+    pub grid: Grid,
 }
 
 impl Pieces {
-    fn of(at: &Launches<'_>, shape: Shape) -> Result<Self> {
+    pub fn of(at: &Launches<'_>, shape: Shape) -> Result<Self> {
         let len = shape.len() / shape.n;
         let pieces = len.div_ceil(DEVICE_PIECE);
         Ok(Self {
@@ -57,14 +57,14 @@ impl Pieces {
     }
 
     /// Bytes of `sums` sums in `f64` for each piece of a batch.
-    fn bytes(shape: Shape, sums: usize) -> usize {
+    pub fn bytes(shape: Shape, sums: usize) -> usize {
         let pieces = (shape.len() / shape.n).div_ceil(DEVICE_PIECE);
         size_of::<f64>() * sums * shape.n * pieces
     }
 }
 
 /// One warp for each image.
-fn warp_per_image(shape: Shape) -> Grid {
+pub(super) fn warp_per_image(shape: Shape) -> Grid {
     Grid::new(shape.n, 32)
 }
 

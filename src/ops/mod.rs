@@ -27,6 +27,7 @@ pub mod mask_head;
 pub mod moments;
 pub mod multitask_loss;
 mod norm;
+pub mod overlap;
 pub mod perimeter;
 pub mod pointwise;
 pub mod pool;
@@ -300,8 +301,8 @@ pub fn registry() -> Vec<Entry> {
     ]
 }
 
-/// What is checked on devices beside [`registry`]: operations of inference, which have no gradient, and sizes at which
-/// finite differences would take too long.
+/// What is checked on devices beside [`registry`]: operations of inference and validation, which have no gradient, and
+/// sizes at which finite differences would take too long.
 pub fn device_registry() -> Vec<Entry> {
     let entry = |name, summary, case| Entry {
         name,
@@ -323,6 +324,11 @@ pub fn device_registry() -> Vec<Entry> {
             "depthwise_conv2d_inference",
             "as conv2d_inference, each channel by itself",
             depthwise_conv2d::inference_case,
+        ),
+        entry(
+            "overlap",
+            "pixels of two masks, in both and in either",
+            overlap::case,
         ),
     ]
 }
