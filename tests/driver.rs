@@ -13,7 +13,7 @@ use echograd::Result;
 use echograd::device::cpu::Io;
 use echograd::device::gpu::launch::{Argument, Arguments, Full, Grid, Launches, Word};
 use echograd::device::gpu::{Gpu, Session};
-use echograd::device::{Backend, Session as _};
+use echograd::device::{Aside, Backend, Session as _};
 use echograd::ops::pointwise::Scale;
 use echograd::ops::{Kernel, Op};
 use echograd::tape::{Options, Plan, Tape};
@@ -490,6 +490,36 @@ fn steps() {
     drop(session);
     gpu.synchronize().unwrap();
     assert_eq!(gpu.allocated(), before);
+}
+
+#[test]
+fn what_is_set_aside_is_read_beside_later_work() {
+    // Two steps of two launches.
+    assert_eq!(inside("aside"), "scale_f32: 4\n");
+}
+
+#[test]
+#[ignore = "run by what_is_set_aside_is_read_beside_later_work, with a driver"]
+fn aside() {
+    let gpu = Gpu::cuda().unwrap();
+    let (mut session, [x, y]) = session(&gpu);
+    let mut aside = Aside::default();
+    session.write(x, &[1.0; 105]).unwrap();
+    session.replay().unwrap();
+    session.set_aside(&mut aside).unwrap();
+    let allocated = gpu.allocated();
+    session.write(x, &[2.0; 105]).unwrap();
+    session.replay().unwrap();
+    // Another thread reads; this one may go on.
+    let words = std::thread::scope(|scope| scope.spawn(|| aside.take()).join().unwrap()).unwrap();
+    let slot = session.plan().slot(x);
+    assert_eq!(words.len(), session.plan().persistent());
+    assert_eq!(words[slot.offset..][..slot.len], [1.0; 105]);
+    assert_eq!(session.read(y).unwrap(), [8.0; 105]);
+    session.set_aside(&mut aside).unwrap();
+    assert_eq!(gpu.allocated(), allocated, "the same memory again");
+    assert_eq!(aside.take().unwrap()[slot.offset], 2.0);
+    gpu.synchronize().unwrap();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 
 use memmap2::MmapMut;
 
+use super::Aside;
 use crate::error::{Error, Result};
 use crate::ops::{Kernel, Op};
 use crate::tape::{Kind, Plan, PlannedStep, Slot, Target, Var};
@@ -281,6 +282,14 @@ impl<T: Element> super::Session<T> for Session<T> {
     }
     fn fetched(&mut self) -> Result<Option<Vec<T>>> {
         Ok(self.fetched.pop_front())
+    }
+    fn set_aside(&mut self, aside: &mut Aside<T>) -> Result<()> {
+        let all = Slot {
+            len: self.plan.persistent(),
+            ..Slot::default()
+        };
+        *aside = Aside::Host(self.arena.slice(all).to_vec());
+        Ok(())
     }
 }
 

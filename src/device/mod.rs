@@ -18,6 +18,9 @@ use crate::tape::{Options, Plan, Tape, Var};
 
 use self::gpu::Gpu;
 
+/// Most bytes of a value that is fetched ([`Session::fetch`]).
+pub const FETCH: usize = 4 << 10;
+
 /// The memory of one plan and its replay, wherever that is: what training and evaluation need. Work may only be
 /// queued when a call returns; [`Session::read`] and [`Session::fetched`] wait for it.
 pub trait Session<T: Clone>: Send + Sync {
@@ -61,7 +64,7 @@ pub trait Session<T: Clone>: Send + Sync {
     /// As [`Session::replay`].
     ///
     /// # Panics
-    /// As [`Session::read`], or if the value takes more than 4 KiB.
+    /// As [`Session::read`], or if the value takes more than [`FETCH`] bytes.
     fn fetch(&mut self, var: Var) -> Result<()>;
 
     /// The oldest copy that was fetched, once it is there: what was queued behind it need not be done. None if
@@ -71,10 +74,50 @@ pub trait Session<T: Clone>: Send + Sync {
     /// As [`Session::read`].
     fn fetched(&mut self) -> Result<Option<Vec<T>>>;
 
+    /// Copies all that persists, inputs too, as the replays queued so far leave it, over what was set aside before.
+    /// Nothing waits for it; on a GPU memory is allocated the first time.
+    ///
+    /// # Errors
+    /// As [`Session::replay`]; [`crate::Error::Device`] if there is no memory for it.
+    fn set_aside(&mut self, aside: &mut Aside<T>) -> Result<()>;
+
     /// The session itself if it is one of a GPU, where kernels besides the tape's may write inputs
     /// ([`crate::data::device`]).
     fn on_gpu(&mut self) -> Option<&mut gpu::Session> {
         None
+    }
+}
+
+/// What [`Session::set_aside`] copied, where the session lies, to be read by another thread while the session goes on.
+#[derive(Debug)]
+pub enum Aside<T> {
+    /// In main memory.
+    Host(Vec<T>),
+    /// In a GPU's memory.
+    Device(gpu::Memory),
+}
+
+impl<T> Default for Aside<T> {
+    fn default() -> Self {
+        Self::Host(Vec::new())
+    }
+}
+
+impl Aside<f32> {
+    /// Takes what was set aside last: the words of the plan ([`Plan::persistent`]), in which a value that is stored in
+    /// full lies as its slot says.
+    ///
+    /// # Errors
+    /// As [`Session::read`].
+    pub fn take(&mut self) -> Result<Vec<f32>> {
+        match self {
+            Self::Host(words) => Ok(std::mem::take(words)),
+            Self::Device(memory) => {
+                let mut words = vec![0.0; memory.bytes() / size_of::<f32>()];
+                memory.read_aside(bytemuck::cast_slice_mut(&mut words))?;
+                Ok(words)
+            }
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 // A CUDA driver without a GPU, for tests: memory is malloc's, a few kernels are loops.
 //
-// Work is done as late as the driver may: copies, fills and kernels wait in the stream until
+// Work is done as late as the driver may: copies, fills and kernels wait in their stream until
 // something waits for them, so that memory that is used again or given back too early shows. Every
 // argument is checked; at exit a report goes to the file FAKE_REPORT: what was done wrong and what was
 // not released, one line each, then one line per kernel launched and how often.
@@ -138,10 +138,10 @@ static struct Kernel {
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 static int permitted[KERNELS];
 
-// ---- The stream: work that waits ----
+// ---- Streams: work that waits ----
 
 struct Work {
-    enum { COPY_IN, COPY_OUT, FILL, RUN, RECORD } what;
+    enum { COPY_IN, COPY_OUT, COPY, FILL, RUN, RECORD, WAIT } what;
     char *to, *from;
     size_t bytes;
     struct Kernel* kernel;
@@ -151,15 +151,24 @@ struct Queue {
     struct Work work[WORK];
     int length;
 };
-static struct Queue stream, *capturing;
+// A graph under way, and the stream that it is captured from.
+static struct Queue *capturing, *captured;
 static int broken;
 
-static int push(struct Work work) {
-    struct Queue* queue = capturing ? capturing : &stream;
+// An event has happened where nothing is ahead of it in the stream in which it was recorded.
+struct Event {
+    int happened;
+    struct Queue* in;
+};
+
+static int push(struct Queue* queue, struct Work work) {
+    if (capturing && queue == captured) queue = capturing;
     if (queue->length == WORK) abort();
     queue->work[queue->length++] = work;
     return OK;
 }
+
+static int work_off(struct Queue* queue, void* event);
 
 static void run(struct Work* work) {
     switch (work->what) {
@@ -170,6 +179,10 @@ static void run(struct Work* work) {
         case COPY_OUT:
             if (within(work->from, work->bytes, DEVICE) && within(work->to, work->bytes, PINNED))
                 memcpy(work->to, work->from, work->bytes);
+            break;
+        case COPY:
+            if (within(work->from, work->bytes, DEVICE) && within(work->to, work->bytes, DEVICE))
+                memmove(work->to, work->from, work->bytes);
             break;
         case FILL:
             if (within(work->to, work->bytes, DEVICE)) memset(work->to, 0, work->bytes);
@@ -183,22 +196,32 @@ static void run(struct Work* work) {
             break;
         }
         case RECORD:
-            *(int*)work->to = 1;
+            ((struct Event*)work->to)->happened = 1;
+            break;
+        case WAIT:
+            work_off(((struct Event*)work->to)->in, work->to);
     }
 }
 
-// Does what is queued, up to `event` if that is not null.
-static int work_off(void* event) {
-    if (event && *(int*)event != 0) return crashed;
+// Does what is queued in a stream, up to `event` if that is not null.
+static int work_off(struct Queue* queue, void* event) {
+    if (event && ((struct Event*)event)->happened) return crashed;
     int done = 0;
-    while (done < stream.length) {
-        struct Work* work = &stream.work[done++];
+    while (done < queue->length) {
+        struct Work* work = &queue->work[done++];
         if (!crashed) run(work);
         if (event && work->what == RECORD && work->to == event) break;
     }
-    memmove(stream.work, stream.work + done, sizeof(struct Work) * (stream.length - done));
-    stream.length -= done;
+    memmove(queue->work, queue->work + done, sizeof(struct Work) * (queue->length - done));
+    queue->length -= done;
     return crashed;
+}
+
+// Whether anything is queued in any stream.
+static int is_busy(void) {
+    for (int i = 0; i < PIECES; ++i)
+        if (pieces[i].start && pieces[i].kind == STREAM && ((struct Queue*)pieces[i].start)->length) return 1;
+    return 0;
 }
 
 // ---- The driver's functions ----
@@ -307,7 +330,7 @@ API cuMemAlloc_v2(uint64_t* address, size_t bytes) {
 }
 API cuMemFree_v2(uint64_t address) {
     if (!current) return wrong("cuMemFree: no context is current");
-    if (stream.length && !crashed) wrong("cuMemFree while work is queued");
+    if (is_busy() && !crashed) wrong("cuMemFree while work is queued");
     return drop((void*)address, DEVICE);
 }
 API cuMemGetInfo_v2(size_t* left, size_t* total) {
@@ -324,14 +347,15 @@ API cuMemFreeHost(void* host) { return drop(host, PINNED); }
 API cuStreamCreate(void** made, unsigned flags) {
     ENTER_UNCAPTURED;
     if (flags != 1) return wrong("cuStreamCreate: flags %u", flags);
-    return *made = add(1, STREAM), OK;
+    *made = add(sizeof(struct Queue), STREAM);
+    return ((struct Queue*)*made)->length = 0, OK;
 }
 API cuStreamDestroy_v2(void* which) { return drop(which, STREAM); }
 
 // Copies, fills and records need a stream.
 #define QUEUE(...)                                                                         \
     if (!find(on, STREAM)) return wrong("%s: no such stream", __func__);                   \
-    return push((struct Work){__VA_ARGS__})
+    return push(on, (struct Work){__VA_ARGS__})
 
 API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* on) {
     ENTER_UNCAPTURED;
@@ -343,38 +367,49 @@ API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* on) {
     if (!within(to, bytes, PINNED) || !within((void*)from, bytes, DEVICE)) return INVALID;
     QUEUE(.what = COPY_OUT, .to = to, .from = (char*)from, .bytes = bytes);
 }
+API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* on) {
+    ENTER_UNCAPTURED;
+    if (!within((void*)to, bytes, DEVICE) || !within((void*)from, bytes, DEVICE)) return INVALID;
+    QUEUE(.what = COPY, .to = (char*)to, .from = (char*)from, .bytes = bytes);
+}
 API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* on) {
     ENTER;
     if (value || !within((void*)to, bytes, DEVICE)) return wrong("cuMemsetD8Async");
     QUEUE(.what = FILL, .to = (char*)to, .bytes = bytes);
 }
 
-// An event holds 1 where nothing is ahead of it.
 API cuEventCreate(void** event, unsigned flags) {
     ENTER_UNCAPTURED;
     if (flags & ~2u) return wrong("cuEventCreate: flags %u", flags);
-    *event = add(sizeof(int), EVENT);
-    return *(int*)*event = 1, OK;
+    *event = add(sizeof(struct Event), EVENT);
+    return *(struct Event*)*event = (struct Event){1, NULL}, OK;
 }
 API cuEventDestroy_v2(void* event) { return drop(event, EVENT); }
 API cuEventRecord(void* event, void* on) {
     ENTER_UNCAPTURED;
     if (!find(event, EVENT)) return wrong("cuEventRecord: no such event");
-    *(int*)event = 0;
+    *(struct Event*)event = (struct Event){0, on};
     QUEUE(.what = RECORD, .to = event);
 }
 API cuEventSynchronize(void* event) {
     ENTER_UNCAPTURED;
-    return find(event, EVENT) ? work_off(event) : wrong("cuEventSynchronize: no such event");
+    if (!find(event, EVENT)) return wrong("cuEventSynchronize: no such event");
+    return work_off(((struct Event*)event)->in, event);
+}
+API cuStreamWaitEvent(void* on, void* event, unsigned flags) {
+    ENTER_UNCAPTURED;
+    if (flags || !find(event, EVENT)) return wrong("cuStreamWaitEvent: flags %u", flags);
+    QUEUE(.what = WAIT, .to = event);
 }
 API cuEventElapsedTime(float* time, void* from, void* to) {
     ENTER_UNCAPTURED;
     if (!find(from, EVENT) || !find(to, EVENT)) return wrong("cuEventElapsedTime: no such event");
-    return *time = 0.5f, *(int*)from && *(int*)to ? OK : NOT_READY;
+    *time = 0.5f;
+    return ((struct Event*)from)->happened && ((struct Event*)to)->happened ? OK : NOT_READY;
 }
 API cuStreamSynchronize(void* on) {
     ENTER_UNCAPTURED;
-    return find(on, STREAM) ? work_off(NULL) : wrong("cuStreamSynchronize: no such stream");
+    return find(on, STREAM) ? work_off(on, NULL) : wrong("cuStreamSynchronize: no such stream");
 }
 
 API cuModuleLoadData(void** module, const void* image) {
@@ -441,15 +476,16 @@ API cuLaunchKernel(struct Kernel* function, unsigned x, unsigned y, unsigned z, 
         memcpy(&work.words[i], arguments[i], function->sizes[i]);
     if (!find(on, STREAM)) return wrong("cuLaunchKernel: no such stream");
     if (!capturing) ++function->launches;
-    push(work);
+    push(on, work);
     const char* blocking = getenv("CUDA_LAUNCH_BLOCKING");
-    return blocking && *blocking == '1' && !capturing ? work_off(NULL) : OK;
+    return blocking && *blocking == '1' && !capturing ? work_off(on, NULL) : OK;
 }
 
 API cuStreamBeginCapture_v2(void* on, int mode) {
     ENTER_UNCAPTURED;
     if (mode != 1 || !find(on, STREAM)) return wrong("cuStreamBeginCapture: mode %d", mode);
     capturing = add(sizeof(struct Queue), GRAPH);
+    captured = on;
     return capturing->length = broken = 0, OK;
 }
 API cuStreamEndCapture(void* on, void** graph) {
@@ -474,7 +510,7 @@ API cuGraphLaunch(void* executable, void* on) {
     if (!find(executable, EXECUTABLE) || !find(on, STREAM)) return wrong("cuGraphLaunch");
     struct Queue* queue = executable;
     for (int i = 0; i < queue->length; ++i) {
-        push(queue->work[i]);
+        push(on, queue->work[i]);
         if (queue->work[i].what == RUN) ++queue->work[i].kernel->launches;
     }
     return OK;

@@ -1,4 +1,4 @@
-//! The NVIDIA driver as a device: one context, one stream.
+//! The NVIDIA driver as a device: one context, one stream, and another for what is read beside its work.
 //!
 //! It stands on the driver's own functions, since what the layers above them do (panics where a library
 //! or symbol is missing, events around every access, buffers that belong to types) is in the way here.
@@ -42,6 +42,9 @@ const PIECE: usize = 4 << 20;
 /// Pieces in all, made when they are first used.
 const PIECES: usize = 16;
 
+/// Events that only order work.
+const UNTIMED: u32 = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+
 /// Shared memory of a block that needs no leave.
 const SHARED: u32 = 48 << 10;
 
@@ -53,6 +56,9 @@ pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// For reading beside the work of the other, and where in that it begins.
+    aside: sys::CUstream,
+    begin: sys::CUevent,
     /// Bytes of shared memory that a block can have.
     shared_per_block: u32,
     elapsed: Elapsed,
@@ -60,6 +66,8 @@ pub(super) struct Driver {
     parameter: Option<Parameter>,
     allocated: Allocated,
     staging: Mutex<Staging>,
+    /// For reading aside, which takes its time.
+    staging_aside: Mutex<Staging>,
     fetches: Mutex<Fetches>,
     kernels: Mutex<Kernels>,
     /// The thread that captures a graph. Calls hold it as long as they use the stream, so that a capture
@@ -152,16 +160,15 @@ impl Driver {
             device: gpu.device,
             context,
             stream: ptr::null_mut(),
+            aside: ptr::null_mut(),
+            begin: ptr::null_mut(),
             shared_per_block: gpu.shared_per_block,
             elapsed,
             // SAFETY: the type is that of the documentation.
             parameter: unsafe { library::symbol("cuFuncGetParamInfo") },
             allocated: Allocated::default(),
-            staging: Mutex::new(Staging {
-                pieces: [(); PIECES].map(|()| Piece::none()),
-                at: PIECES - 1,
-                taken: PIECE,
-            }),
+            staging: Mutex::new(Staging::new()),
+            staging_aside: Mutex::new(Staging::new()),
             fetches: Mutex::default(),
             kernels: Mutex::default(),
             capturing: RwLock::default(),
@@ -175,6 +182,8 @@ impl Driver {
         unsafe {
             check(sys::cuCtxSetCurrent(driver.context)).map_err(fails)?;
             check(sys::cuStreamCreate(&raw mut driver.stream, stream)).map_err(fails)?;
+            check(sys::cuStreamCreate(&raw mut driver.aside, stream)).map_err(fails)?;
+            check(sys::cuEventCreate(&raw mut driver.begin, UNTIMED)).map_err(fails)?;
         }
         Ok(driver)
     }
@@ -250,6 +259,32 @@ impl Driver {
             None => format!("the GPU failed: {refusal}"),
         });
         problem(text)
+    }
+
+    /// Copies to the host on a stream, through its own pieces, of which the one is emptied while the next is filled.
+    fn copy_out(
+        &self,
+        stream: sys::CUstream,
+        staging: &mut Staging,
+        address: u64,
+        to: &mut [u8],
+    ) -> Result<()> {
+        let mut pending: Option<(usize, &mut [u8])> = None;
+        for (from, to) in (address..).step_by(PIECE).zip(to.chunks_mut(PIECE)) {
+            // A whole piece, whose beginning `deliver` reads.
+            let (at, host) = staging.take(self, PIECE, READING)?;
+            // SAFETY: as in `write`.
+            let answer = unsafe { sys::cuMemcpyDtoHAsync_v2(host.cast(), from, to.len(), stream) };
+            self.call(READING, answer)?;
+            staging.record(self, stream, at, READING)?;
+            if let Some((at, to)) = pending.replace((at, to)) {
+                staging.deliver(self, at, to)?;
+            }
+        }
+        match pending {
+            Some((at, to)) => staging.deliver(self, at, to),
+            None => Ok(()),
+        }
     }
 
     fn load(&self, kernels: &mut Kernels, module: &'static Module) -> Result<sys::CUmodule> {
@@ -401,13 +436,12 @@ impl Piece {
 
     /// Gives it memory and an event. The context is current.
     fn make(&mut self, bytes: usize) -> Result<(), Refusal> {
-        let event = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         let host: *mut *mut u8 = &raw mut self.host;
         // SAFETY: each call writes to a variable of its type. Pinned memory with flags 0 is cached, and so can
         // be read as well as written.
         unsafe {
             if self.copied.is_null() {
-                check(sys::cuEventCreate(&raw mut self.copied, event))?;
+                check(sys::cuEventCreate(&raw mut self.copied, UNTIMED))?;
             }
             check(sys::cuMemHostAlloc(host.cast(), bytes, 0))
         }
@@ -429,6 +463,15 @@ impl Piece {
 }
 
 impl Staging {
+    /// Pieces without memory yet.
+    fn new() -> Self {
+        Self {
+            pieces: [(); PIECES].map(|()| Piece::none()),
+            at: PIECES - 1,
+            taken: PIECE,
+        }
+    }
+
     /// Room for `bytes`, at most a piece: which piece, and where. The next piece is taken once its last copy is
     /// done.
     fn take(&mut self, driver: &Driver, bytes: usize, doing: &str) -> Result<(usize, *mut u8)> {
@@ -454,9 +497,9 @@ impl Staging {
         })
     }
 
-    fn record(&self, driver: &Driver, at: usize, doing: &str) -> Result<()> {
+    fn record(&self, driver: &Driver, stream: sys::CUstream, at: usize, doing: &str) -> Result<()> {
         // SAFETY: an event and a stream of this context.
-        let answer = unsafe { sys::cuEventRecord(self.pieces[at].copied, driver.stream) };
+        let answer = unsafe { sys::cuEventRecord(self.pieces[at].copied, stream) };
         driver.call(doing, answer)
     }
 
@@ -534,31 +577,40 @@ impl End for Driver {
                 sys::cuMemcpyHtoDAsync_v2(to, host.cast(), from.len(), self.stream)
             };
             self.call(WRITING, answer)?;
-            staging.record(self, at, WRITING)?;
+            staging.record(self, self.stream, at, WRITING)?;
         }
         Ok(())
     }
 
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
         let _turn = self.enter(READING)?;
-        let mut staging = lock(&self.staging);
-        let mut pending: Option<(usize, &mut [u8])> = None;
-        for (from, to) in (address..).step_by(PIECE).zip(to.chunks_mut(PIECE)) {
-            // A whole piece, whose beginning `deliver` reads.
-            let (at, host) = staging.take(self, PIECE, READING)?;
-            // SAFETY: as in `write`.
-            let answer =
-                unsafe { sys::cuMemcpyDtoHAsync_v2(host.cast(), from, to.len(), self.stream) };
+        self.copy_out(self.stream, &mut lock(&self.staging), address, to)
+    }
+
+    fn read_aside(&self, address: u64, to: &mut [u8]) -> Result<()> {
+        let mut staging = lock(&self.staging_aside);
+        {
+            let _turn = self.enter(READING)?;
+            // SAFETY: an event and streams of this context.
+            let answer = unsafe {
+                match sys::cuEventRecord(self.begin, self.stream) {
+                    Answer::CUDA_SUCCESS => sys::cuStreamWaitEvent(self.aside, self.begin, 0),
+                    refused => refused,
+                }
+            };
             self.call(READING, answer)?;
-            staging.record(self, at, READING)?;
-            if let Some((at, to)) = pending.replace((at, to)) {
-                staging.deliver(self, at, to)?;
-            }
         }
-        match pending {
-            Some((at, to)) => staging.deliver(self, at, to),
-            None => Ok(()),
-        }
+        // Without a turn: nobody captures this stream.
+        self.copy_out(self.aside, &mut staging, address, to)
+    }
+
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        let doing = "copying within the GPU";
+        let _turn = self.enter(doing)?;
+        // SAFETY: memory of this end, as the trait demands.
+        self.call(doing, unsafe {
+            sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream)
+        })
     }
 
     fn fetch(&self, address: u64, bytes: usize) -> Result<u64> {
@@ -839,10 +891,8 @@ impl Drop for Capture<'_> {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        let staging = self
-            .staging
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
+        let staging = [&mut self.staging, &mut self.staging_aside]
+            .map(|staging| staging.get_mut().unwrap_or_else(PoisonError::into_inner));
         let fetches = self
             .fetches
             .get_mut()
@@ -860,13 +910,18 @@ impl Drop for Driver {
             if !self.stream.is_null() {
                 let _ = sys::cuStreamSynchronize(self.stream);
             }
-            let pieces = staging.pieces.iter().chain(&fetches.pieces);
-            pieces.for_each(Piece::release);
+            let pieces = staging.iter().flat_map(|staging| &staging.pieces);
+            pieces.chain(&fetches.pieces).for_each(Piece::release);
             for module in kernels.modules.values() {
                 let _ = sys::cuModuleUnload(*module);
             }
-            if !self.stream.is_null() {
-                let _ = sys::cuStreamDestroy_v2(self.stream);
+            if !self.begin.is_null() {
+                let _ = sys::cuEventDestroy_v2(self.begin);
+            }
+            for stream in [self.aside, self.stream] {
+                if !stream.is_null() {
+                    let _ = sys::cuStreamDestroy_v2(stream);
+                }
             }
             let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }

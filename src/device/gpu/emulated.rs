@@ -7,7 +7,7 @@ use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use super::launch::Grid;
-use super::{Allocated, Description, End, FETCH, Function};
+use super::{Allocated, Description, End, FETCH, Function, Traffic};
 use crate::device::cpu::check_memory;
 use crate::device::emulator::{self, Buffer};
 use crate::error::{Error, Result};
@@ -28,6 +28,7 @@ struct State {
     handles: u64,
     /// Draws the order of threads.
     seed: Option<u64>,
+    traffic: Traffic,
 }
 
 /// A launch of a graph.
@@ -150,20 +151,38 @@ impl End for Emulator {
     }
 
     fn write(&self, address: u64, from: &[u8]) -> Result<()> {
-        self.enter("writing")?
-            .bytes(address, from.len())?
-            .copy_from_slice(from);
+        let mut state = self.enter("writing")?;
+        state.traffic.writes += 1;
+        state.bytes(address, from.len())?.copy_from_slice(from);
         Ok(())
     }
 
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()> {
-        to.copy_from_slice(self.enter("reading")?.bytes(address, to.len())?);
+        let mut state = self.enter("reading")?;
+        state.traffic.reads += 1;
+        to.copy_from_slice(state.bytes(address, to.len())?);
+        Ok(())
+    }
+
+    fn read_aside(&self, address: u64, to: &mut [u8]) -> Result<()> {
+        let mut state = self.enter("reading")?;
+        state.traffic.reads_aside += 1;
+        to.copy_from_slice(state.bytes(address, to.len())?);
+        Ok(())
+    }
+
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        let mut state = self.enter("copying")?;
+        state.traffic.copies += 1;
+        let copied = state.bytes(from, bytes)?.to_vec();
+        state.bytes(to, bytes)?.copy_from_slice(&copied);
         Ok(())
     }
 
     fn fetch(&self, address: u64, bytes: usize) -> Result<u64> {
         assert!(bytes <= FETCH, "{bytes} bytes fetched");
         let mut state = self.enter("fetching")?;
+        state.traffic.fetches += 1;
         let copy = state.bytes(address, bytes)?.to_vec();
         let fetch = state.handle();
         state.fetches.insert(fetch, copy);
@@ -207,6 +226,7 @@ impl End for Emulator {
             Some(_) => return Err(captured(&function.name)),
             None => {}
         }
+        state.traffic.launches += 1;
         let seed = state.seed;
         drop(state);
         // SAFETY: as this function's contract.
@@ -218,7 +238,8 @@ impl End for Emulator {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.enter("waiting").map(drop)
+        self.enter("waiting")?.traffic.waits += 1;
+        Ok(())
     }
 
     fn event(&self) -> Result<u64> {
@@ -261,7 +282,8 @@ impl End for Emulator {
     }
 
     fn replay(&self, graph: u64) -> Result<()> {
-        let state = self.enter("replaying a graph")?;
+        let mut state = self.enter("replaying a graph")?;
+        state.traffic.replays += 1;
         let (launches, seed) = (state.graphs.get(&graph).cloned(), state.seed);
         drop(state);
         for launch in launches.into_iter().flatten() {
@@ -281,6 +303,10 @@ impl End for Emulator {
 
     fn reorder(&self, seed: u64) {
         self.state().seed = Some(seed);
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.state().traffic
     }
 }
 

@@ -10,7 +10,8 @@
 //! - [`Graph`]: a captured replay, one call to the driver for the whole step.
 //!
 //! Work is queued on one stream, in order. Nothing waits for it but [`Session::read`], [`Gpu::synchronize`]
-//! and, for what was queued before the fetch alone, [`crate::device::Session::fetched`].
+//! and, for what was queued before the fetch alone, [`crate::device::Session::fetched`]. What is to be read while work goes
+//! on is copied within the device ([`crate::device::Aside`]) and read on a stream of its own.
 
 mod copies;
 #[cfg(feature = "cuda")]
@@ -24,8 +25,11 @@ mod session;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+use super::FETCH;
 use crate::error::{Error, Result};
 
+pub(crate) use session::Hold;
 pub use session::{Graph, Session, Timed};
 
 /// What a kernel runs on: the driver's stream or the emulator. Handles are the end's own numbers; the
@@ -44,6 +48,10 @@ pub(crate) trait End: Send + Sync {
     fn write(&self, address: u64, from: &[u8]) -> Result<()>;
     /// Copies to the host once the work queued so far is done.
     fn read(&self, address: u64, to: &mut [u8]) -> Result<()>;
+    /// As [`End::read`], for another thread than the one that queues: what is queued meanwhile does not wait for it.
+    fn read_aside(&self, address: u64, to: &mut [u8]) -> Result<()>;
+    /// Copies within the device, behind the work queued so far.
+    fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
     /// Queues a copy of at most [`FETCH`] bytes to the host's memory behind the work queued so far, and returns
     /// the number by which [`End::fetched`] waits for it.
     fn fetch(&self, address: u64, bytes: usize) -> Result<u64>;
@@ -83,6 +91,34 @@ pub(crate) trait End: Send + Sync {
     fn range_pop(&self);
     /// Chooses the order in which threads run, where there is a choice.
     fn reorder(&self, _seed: u64) {}
+    /// What was asked of it so far, where that is counted.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+}
+
+/// How often the host has asked the emulator for something: what a GPU takes some microseconds for each, and those that
+/// wait for it many more.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Traffic {
+    /// Launches one by one.
+    pub launches: usize,
+    /// Replays of graphs.
+    pub replays: usize,
+    /// Copies from the host.
+    pub writes: usize,
+    /// Copies within the device.
+    pub copies: usize,
+    /// Copies to the host that what is queued next need not wait for, but may soon ([`Session::fetch`]).
+    ///
+    /// [`Session::fetch`]: crate::device::Session::fetch
+    pub fetches: usize,
+    /// Copies to the host that wait for all that was queued.
+    pub reads: usize,
+    /// The same beside the work that is queued meanwhile ([`Memory::read_aside`]).
+    pub reads_aside: usize,
+    /// Waits for all that was queued.
+    pub waits: usize,
 }
 
 /// Device memory in use.
@@ -92,10 +128,6 @@ pub(crate) struct Allocated {
     /// Pieces that were ever handed out.
     pieces: AtomicUsize,
 }
-
-/// Most bytes of an [`End::fetch`].
-#[cfg(any(feature = "cuda", feature = "emulator"))]
-const FETCH: usize = 4 << 10;
 
 /// What a GPU is, as far as times can be predicted from it.
 #[derive(Clone, PartialEq, Debug, Default, serde::Serialize)]
@@ -354,6 +386,11 @@ impl Gpu {
         self.0.allocated().pieces.load(Ordering::Relaxed)
     }
 
+    /// What was asked of it so far, through this value and its clones; zeros of a GPU, where nobody counts.
+    pub fn traffic(&self) -> Traffic {
+        self.0.traffic()
+    }
+
     /// Queues a kernel behind the work queued so far.
     ///
     /// # Errors
@@ -456,6 +493,37 @@ impl Memory {
             return Ok(());
         }
         self.gpu.0.read(self.address + offset as u64, to)
+    }
+
+    /// Reads all of it, once the work queued so far is done, for another thread than the one that queues: what is queued
+    /// meanwhile does not wait for it.
+    ///
+    /// # Errors
+    /// As [`Memory::write`].
+    ///
+    /// # Panics
+    /// If `to` is of another size.
+    pub fn read_aside(&self, to: &mut [u8]) -> Result<()> {
+        assert_eq!(to.len(), self.bytes, "bytes to be read");
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.gpu.0.read_aside(self.address, to)
+    }
+
+    /// Copies the beginning of it over all of `to`, memory of the same device, behind the work queued so far.
+    ///
+    /// # Errors
+    /// As [`Memory::write`].
+    ///
+    /// # Panics
+    /// If there is not as much.
+    pub(crate) fn copy(&self, to: &Memory) -> Result<()> {
+        self.within(0, to.bytes);
+        if to.bytes == 0 {
+            return Ok(());
+        }
+        self.gpu.0.copy(self.address, to.address, to.bytes)
     }
 
     fn within(&self, offset: usize, len: usize) {

@@ -46,6 +46,12 @@ impl End for Outline {
     fn read(&self, _: u64, _: &mut [u8]) -> Result<()> {
         refused()
     }
+    fn read_aside(&self, _: u64, _: &mut [u8]) -> Result<()> {
+        refused()
+    }
+    fn copy(&self, _: u64, _: u64, _: usize) -> Result<()> {
+        refused()
+    }
     fn fetch(&self, _: u64, _: usize) -> Result<u64> {
         refused()
     }

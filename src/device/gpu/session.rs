@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::launch::{Launch, Launches, Pointer};
 use super::{Event, Gpu, Memory, copies};
-use crate::device;
+use crate::device::{self, Aside};
 use crate::error::{Error, Result};
 use crate::tape::{Kind, Plan, Slot, Target, Var};
 
@@ -28,6 +28,9 @@ struct Buffers {
     /// Tables that operations made.
     _constants: Vec<Memory>,
 }
+
+/// The memory of a session ([`Session::hold`]).
+pub(crate) struct Hold(#[expect(dead_code, reason = "it is there to be dropped")] Arc<Buffers>);
 
 /// A byte that nobody computes all over: as f32 and bf16 a NaN.
 const POISON: u8 = 0xff;
@@ -143,6 +146,11 @@ impl Session {
         )
     }
 
+    /// Keeps its memory, for kernels that know its addresses, as long as what is returned lives.
+    pub(crate) fn hold(&self) -> Hold {
+        Hold(self.memory.clone())
+    }
+
     /// What it runs on.
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
@@ -166,16 +174,7 @@ impl Session {
     }
 
     fn elements(&self, slot: Slot) -> Result<Vec<f32>> {
-        let arena = &self.memory.arena;
-        if slot.narrow {
-            let mut stored = vec![bf16::ZERO; slot.len];
-            arena.read(slot.offset * WORD, bytemuck::cast_slice_mut(&mut stored))?;
-            Ok(stored.into_iter().map(f32::from).collect())
-        } else {
-            let mut elements = vec![0.0; slot.len];
-            arena.read(slot.offset * WORD, bytemuck::cast_slice_mut(&mut elements))?;
-            Ok(elements)
-        }
+        elements(slot, |to| self.memory.arena.read(slot.offset * WORD, to))
     }
 
     /// Queues all steps once.
@@ -228,9 +227,8 @@ impl Session {
         let steps = self.plan.steps().iter();
         let working = steps.flat_map(|step| [(step.scratch, false), (step.copy, false)]);
         values.chain(working).map(|(slot, persists)| {
-            let bytes = slot.len * if slot.narrow { 2 } else { WORD };
             let start = slot.offset * WORD;
-            (start..start + bytes, persists)
+            (start..start + bytes(slot), persists)
         })
     }
 
@@ -317,19 +315,27 @@ impl device::Session<f32> for Session {
     }
     fn fetch(&mut self, var: Var) -> Result<()> {
         let slot = self.kept(var);
-        assert!(!slot.narrow, "fetched values are f32");
-        let (arena, bytes) = (&self.memory.arena, slot.len * WORD);
+        let (arena, bytes) = (&self.memory.arena, bytes(slot));
         let address = arena.address + (slot.offset * WORD) as u64;
         let handle = self.gpu.0.fetch(address, bytes)?;
         self.fetches.push_back(Fetch {
             gpu: self.gpu.clone(),
             handle,
-            len: slot.len,
+            slot,
         });
         Ok(())
     }
     fn fetched(&mut self) -> Result<Option<Vec<f32>>> {
         self.fetches.pop_front().map(|f| f.wait()).transpose()
+    }
+    fn set_aside(&mut self, aside: &mut Aside<f32>) -> Result<()> {
+        if let Aside::Host(_) = aside {
+            *aside = Aside::Device(self.gpu.memory(self.plan.persistent() * WORD)?);
+        }
+        match aside {
+            Aside::Device(memory) => self.memory.arena.copy(memory),
+            Aside::Host(_) => unreachable!("of the device since the line before"),
+        }
     }
     fn on_gpu(&mut self) -> Option<&mut Session> {
         Some(self)
@@ -340,14 +346,29 @@ impl device::Session<f32> for Session {
 struct Fetch {
     gpu: Gpu,
     handle: u64,
-    len: usize,
+    slot: Slot,
 }
 
 impl Fetch {
     fn wait(&self) -> Result<Vec<f32>> {
-        let mut elements = vec![0.0; self.len];
-        let bytes = bytemuck::cast_slice_mut(&mut elements);
-        self.gpu.0.fetched(self.handle, bytes)?;
+        elements(self.slot, |to| self.gpu.0.fetched(self.handle, to))
+    }
+}
+
+/// Bytes of a value in memory.
+fn bytes(slot: Slot) -> usize {
+    slot.len * if slot.narrow { 2 } else { WORD }
+}
+
+/// A value whose bytes `read` delivers.
+fn elements(slot: Slot, read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<Vec<f32>> {
+    if slot.narrow {
+        let mut stored = vec![bf16::ZERO; slot.len];
+        read(bytemuck::cast_slice_mut(&mut stored))?;
+        Ok(stored.into_iter().map(f32::from).collect())
+    } else {
+        let mut elements = vec![0.0; slot.len];
+        read(bytemuck::cast_slice_mut(&mut elements))?;
         Ok(elements)
     }
 }

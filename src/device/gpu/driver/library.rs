@@ -24,7 +24,7 @@ pub(super) const LOWEST: (u32, u32) = (7, 5);
 pub(super) const BF16: (u32, u32) = (8, 0);
 
 /// Everything that is called.
-const ENTRY_POINTS: [&str; 41] = [
+const ENTRY_POINTS: [&str; 43] = [
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -54,6 +54,7 @@ const ENTRY_POINTS: [&str; 41] = [
     "cuMemFree_v2",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
@@ -66,6 +67,7 @@ const ENTRY_POINTS: [&str; 41] = [
     "cuStreamDestroy_v2",
     "cuStreamEndCapture",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
 ];
 
 /// An answer of the driver that is not success. Drivers know more of them than the bindings, so they
