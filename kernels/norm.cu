@@ -812,3 +812,37 @@ layer_norm_gradient_finish(const float* partials, float* dgamma, float* dbeta, u
         dgamma[blockIdx.x] = static_cast<float>(of_gx);
     }
 }
+
+// ---- Weights of a network in inference, of which normalisations are a part ----
+
+// A part of a tensor of weights, and where it goes: as it is, or each filter times γ/√(σ² + ε) of the normalisation
+// behind it, whose filters then have a bias.
+struct Folded {
+    const float* from;
+    float* to;
+    const float *gamma, *beta, *mean, *variance;  // null: as it is
+    float* bias;
+    unsigned first, len;  // elements of the tensor
+    unsigned filter;      // elements of a filter
+};
+
+// Makes the weights of a table, in f64 and with the roundings of src/nn/weights.rs, so that no bit depends on where they
+// are made. Grid: one block of kThreads for each part, which has at most a few thousand elements. Any alignment.
+extern "C" __global__ void __launch_bounds__(kThreads) fold_norm(const Folded* parts, double eps) {
+    const Folded part = parts[blockIdx.x];
+    const float* from = global_address(part.from);
+    float* to = global_address(part.to);
+    for (unsigned i = part.first + threadIdx.x; i < part.first + part.len; i += kThreads) {
+        const float w = from[i];
+        if (part.gamma == nullptr) {
+            to[i] = w;
+            continue;
+        }
+        const unsigned o = i / part.filter;
+        const double spread = sqrt(__dadd_rn(part.variance[o], eps)), factor = part.gamma[o] / spread;
+        to[i] = static_cast<float>(__dmul_rn(factor, w));
+        if (i == o * part.filter) {
+            part.bias[o] = static_cast<float>(__dadd_rn(part.beta[o], -__dmul_rn(factor, part.mean[o])));
+        }
+    }
+}

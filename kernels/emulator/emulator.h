@@ -276,6 +276,8 @@ __forceinline__ float __frcp_rn(float x) { return 1.0f / x; }
 __forceinline__ float __fsqrt_rn(float x) { return sqrtf(x); }
 __forceinline__ float __fmul_rn(float x, float y) { return x * y; }
 __forceinline__ float __fadd_rn(float x, float y) { return x + y; }
+__forceinline__ double __dmul_rn(double x, double y) { return x * y; }
+__forceinline__ double __dadd_rn(double x, double y) { return x + y; }
 __forceinline__ float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 __forceinline__ float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 __forceinline__ void sincospif(float x, float* s, float* c) {

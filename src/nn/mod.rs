@@ -4,7 +4,7 @@
 //! A [`Network`] wraps the tape while a model is recorded. The same model recorded in
 //! [`Mode::Train`] and in [`Mode::Evaluate`] has the same parameters by the same names, so weights
 //! move between the two by name; in [`Mode::Infer`] normalisations are folded into the convolutions
-//! before them ([`load`]). Random starting values are keyed by seed and name: models that share
+//! before them ([`weights`]). Random starting values are keyed by seed and name: models that share
 //! a layer start from the same weights in it, whatever else they have.
 //!
 //! ```
@@ -26,12 +26,12 @@
 mod attention_unet;
 mod efficientnet;
 mod unet;
+pub mod weights;
 
 pub use attention_unet::AttentionUNet;
 pub use efficientnet::{EfficientNet, Stage};
 pub use unet::UNet;
-
-use std::borrow::Cow;
+pub use weights::Fold;
 
 use crate::device::Session;
 use crate::device::philox::Philox;
@@ -44,7 +44,7 @@ use crate::ops::depthwise_conv2d::{DepthwiseConv2d, DepthwiseConv2dBias};
 use crate::ops::dropout::Dropout;
 use crate::ops::pointwise::{Add, Relu, Silu};
 use crate::ops::stochastic_depth::StochasticDepth;
-use crate::tape::{Kind, Tape, Var};
+use crate::tape::{Tape, Var};
 use crate::tensor::{Real, Shape};
 
 /// Added to the variance by batch normalisation.
@@ -67,15 +67,6 @@ pub enum Mode {
     /// As [`Mode::Evaluate`], faster: each convolution takes its bias and activation along, and a batch
     /// normalisation behind it is part of its weights and bias. Without gradients.
     Infer,
-}
-
-/// A convolution of [`Mode::Infer`] that stands for one with a batch normalisation behind it.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Fold {
-    weight: Var,
-    bias: Var,
-    /// Full name of the normalisation's layer.
-    norm: String,
 }
 
 /// Which outputs of a model are recorded; branches that lead to none are left out.
@@ -463,48 +454,6 @@ pub fn initialise<T: Real>(
             }
         }
         session.write(var, &values)?;
-    }
-    Ok(())
-}
-
-/// Writes the parameters and states of `session`, which replays `tape`, from those of the same network in
-/// training or evaluation, which `source` gives by name and extent; `folds` are those of a tape that was recorded
-/// in [`Mode::Infer`].
-///
-/// # Errors
-/// The first of `source`; else as [`Session::write`].
-pub fn load<'a, T: Real>(
-    tape: &Tape,
-    folds: &[Fold],
-    session: &mut dyn Session<T>,
-    mut source: impl FnMut(&str, Shape) -> Result<Cow<'a, [T]>>,
-) -> Result<()> {
-    for kind in [Kind::Parameter, Kind::State] {
-        for var in tape.of_kind(kind) {
-            if folds.iter().any(|fold| fold.bias == var) {
-                continue;
-            }
-            let (name, shape) = (tape.name(var), tape.shape(var));
-            let mut weights = source(name, shape)?;
-            let Some(fold) = folds.iter().find(|fold| fold.weight == var) else {
-                session.write(var, &weights)?;
-                continue;
-            };
-            let channels = Shape::per_channel(shape.n);
-            let mut of_norm = |name: &str| source(&format!("{}.{name}", fold.norm), channels);
-            let (gamma, beta) = (of_norm("weight")?, of_norm("bias")?);
-            let (mean, variance) = (of_norm("running_mean")?, of_norm("running_var")?);
-            let factor = |o: usize| gamma[o].wide() / (variance[o].wide() + BATCH_NORM_EPS).sqrt();
-            let filters = weights.to_mut().chunks_mut(shape.pixels() * shape.c);
-            for (o, filter) in filters.enumerate() {
-                filter
-                    .iter_mut()
-                    .for_each(|w| *w = T::of(factor(o) * w.wide()));
-            }
-            let bias = |o: usize| T::of(beta[o].wide() - factor(o) * mean[o].wide());
-            session.write(var, &weights)?;
-            session.write(fold.bias, &(0..shape.n).map(bias).collect::<Vec<_>>())?;
-        }
     }
     Ok(())
 }
