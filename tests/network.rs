@@ -213,7 +213,8 @@ fn weights_of_torchvision_and_timm_give_torchvisions_features() {
 
         let plan = Plan::new(&tape, Default::default()).unwrap();
         let mut session = Session::<f32>::new(plan).unwrap();
-        pretrained::initialise(&path, &tape, &mut session).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        pretrained::initialise(&path, &bytes, &tape, &mut session).unwrap();
         let values = named("images", tape.shape(images).len(), 0.0, 1.0);
         let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
         session.write(images, &values);

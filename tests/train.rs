@@ -892,6 +892,37 @@ fn a_killed_run_goes_on_bit_for_bit() {
     );
 }
 
+/// A kill between the two checkpoints of the best epoch, of which the latter cannot be written here.
+#[test]
+fn a_best_checkpoint_that_is_missing_is_had_from_the_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let settings = settings(&data, &[]);
+    let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
+    run(&whole, &settings, false).unwrap();
+
+    let interrupted = run_until(&parts, &settings, false, 1);
+    assert!(matches!(interrupted, Err(Error::Interrupted)));
+    let [best, last] = ["best.safetensors", "last.safetensors"].map(|name| parts.join(name));
+    fs::create_dir(&best).unwrap();
+    let text = message(run(&parts, &[], true));
+    assert!(
+        text.contains("best.safetensors: cannot be written"),
+        "{text}"
+    );
+    let Position {
+        epoch, best_epoch, ..
+    } = Checkpoint::read(&last).unwrap().position;
+    assert!(epoch > 0 && epoch == best_epoch, "{epoch}, {best_epoch}");
+    fs::remove_dir(&best).unwrap();
+    let before = fs::read(&last).unwrap();
+    // A step further.
+    let _ = run_until(&parts, &[], true, 2 * epoch + 1);
+    assert!(fs::read(&best).unwrap() == before);
+    run(&parts, &[], true).unwrap();
+    assert!(traces(&parts) == traces(&whole), "the files differ");
+}
+
 #[test]
 fn every_arm_trains_evaluates_and_predicts() {
     let folder = tempfile::tempdir().unwrap();

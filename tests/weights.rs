@@ -61,7 +61,8 @@ fn find(tape: &Tape, name: &str) -> Var {
 /// Compares the encoder of a new network, started from the file, with the averages of the run.
 fn comes_back(file: &Path, step: &TrainingStep, run: &Session<f32>, bits: bool) {
     let mut session = step.session::<f32>(2, None).unwrap();
-    pretrained::initialise(file, &step.tape, &mut session).unwrap();
+    let bytes = std::fs::read(file).unwrap();
+    pretrained::initialise(file, &bytes, &step.tape, &mut session).unwrap();
     for var in values(&step.tape) {
         let name = step.tape.name(var);
         if !name.starts_with("encoder.") {

@@ -74,7 +74,7 @@ pub(super) fn is_own(header: &Header) -> bool {
 }
 
 /// Parameters and states: what a checkpoint holds.
-fn persistent(tape: &Tape) -> impl Iterator<Item = (Var, &str, Shape)> {
+pub(super) fn persistent(tape: &Tape) -> impl Iterator<Item = (Var, &str, Shape)> {
     [Kind::Parameter, Kind::State]
         .into_iter()
         .flat_map(|kind| tape.of_kind(kind))
@@ -93,21 +93,36 @@ pub fn write(
     config: &Config,
     position: &Position,
 ) -> Result<()> {
+    let read = |(var, name, shape)| Ok((name, shape, session.read(var)?));
+    let values: Vec<_> = persistent(tape).map(read).collect::<Result<_>>()?;
+    let tensors = values
+        .iter()
+        .map(|(name, shape, elements)| (*name, *shape, &**elements));
+    write_atomically(path, &encode(path, tensors, config, position)?)
+}
+
+/// The bytes of a checkpoint; `path` is for the message.
+///
+/// # Errors
+/// [`Error::File`] if tensors cannot be written so.
+pub(super) fn encode<'a>(
+    path: &Path,
+    tensors: impl Iterator<Item = (&'a str, Shape, &'a [f32])>,
+    config: &Config,
+    position: &Position,
+) -> Result<Vec<u8>> {
     let metadata = Metadata {
         position: position.clone(),
         config: config.clone(),
     };
     let metadata = toml::to_string(&metadata).expect("metadata are a TOML table");
-    let read = |(var, name, shape)| Ok((name, shape, session.read(var)?));
-    let values: Vec<_> = persistent(tape).map(read).collect::<Result<_>>()?;
-    let views = values.iter().map(|(name, shape, elements)| {
+    let views = tensors.map(|(name, shape, elements)| {
         let bytes: &[u8] = bytemuck::cast_slice(elements);
-        let view = TensorView::new(Dtype::F32, extents(*shape).to_vec(), bytes);
+        let view = TensorView::new(Dtype::F32, extents(shape).to_vec(), bytes);
         (name, view.expect("as many bytes as elements"))
     });
     let bytes = safetensors::serialize(views, Some(HashMap::from([(KEY.to_owned(), metadata)])));
-    let bytes = bytes.map_err(|e| Error::caused(path, "cannot be written", e))?;
-    write_atomically(path, &bytes)
+    bytes.map_err(|e| Error::caused(path, "cannot be written", e))
 }
 
 fn extents(shape: Shape) -> [usize; 4] {
@@ -120,13 +135,17 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::File`] if the file cannot be read, is truncated, or was not written by this program.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = read(path)?;
+        Self::of(path, &read(path)?)
+    }
+
+    /// A checkpoint from the bytes of the file at `path`, which is for the message.
+    pub(super) fn of(path: &Path, bytes: &[u8]) -> Result<Self> {
         let not_ours = |e: Box<dyn std::error::Error + Send + Sync>| {
             let problem = format!("expected a checkpoint of echograd, found: {e}");
             Error::caused(path, problem, e)
         };
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| not_ours(e.into()))?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| not_ours(e.into()))?;
+        let file = SafeTensors::deserialize(bytes).map_err(|e| not_ours(e.into()))?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| not_ours(e.into()))?;
         let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
         let text = text.ok_or_else(|| not_ours("no metadata of that name".into()))?;
         let Metadata { position, config } =

@@ -12,8 +12,10 @@ pub mod model;
 pub mod predict;
 pub mod pretrained;
 pub mod run;
+mod saver;
 pub mod schedule;
 pub mod step;
+mod validation;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::checkpoint::{Checkpoint, weights_prefix};
 use super::config::{Config, Device};
-use super::step::{Evaluation, TrainingStep};
+use super::step::Evaluation;
 use crate::data::letterbox::Letterbox;
 use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
@@ -15,8 +15,7 @@ use crate::features::{MaskSums, Prior, ShapeFeatures};
 use crate::metrics::classification::THRESHOLD;
 use crate::metrics::statistics::{mean, sample_variance};
 use crate::metrics::{Disagreement, Mask};
-use crate::tape::{Kind, Var};
-use crate::tensor::Shape;
+use crate::tape::Var;
 
 /// Name of the configuration in a run's folder.
 pub const CONFIG: &str = "config.toml";
@@ -131,12 +130,8 @@ struct Member {
 }
 
 impl Model {
-    /// A network that is shown `batch` images at once, whose weights are still to be given
-    /// ([`Model::copy_weights`]).
-    ///
-    /// # Errors
-    /// As [`Evaluation::record`] and [`Evaluation::session`].
-    pub fn new(config: Config, batch: usize, backend: &Backend) -> Result<Self> {
+    /// A network that is shown `batch` images at once, whose weights are still to be given.
+    fn new(config: Config, batch: usize, backend: &Backend) -> Result<Self> {
         let own = Config {
             batch,
             ..config.clone()
@@ -220,28 +215,6 @@ impl Model {
     /// What the run was asked to do; the first one's of an ensemble.
     pub fn config(&self) -> &Config {
         &self.config
-    }
-
-    /// Takes the weights as they stand in training: moving averages if there are any.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] naming the first weight that `step` lacks: it trains another network; else as
-    /// [`Session::read`] and [`Session::write`].
-    pub fn copy_weights(&mut self, step: &TrainingStep, training: &dyn Session<f32>) -> Result<()> {
-        let prefix = weights_prefix(&self.config);
-        let weight = |name: &str, shape: Shape| -> Result<Cow<'_, [f32]>> {
-            let averaged = format!("{prefix}{name}");
-            let mut kinds = [Kind::Parameter, Kind::State].into_iter();
-            let var = kinds.find_map(|kind| step.tape.find(kind, &averaged));
-            match var.filter(|&var| step.tape.shape(var) == shape) {
-                Some(var) => training.read(var),
-                None => Err(Error::shape(
-                    "weights",
-                    format!("expected {name}, {shape}, found none"),
-                )),
-            }
-        };
-        self.evaluation.load(&mut *self.members[0].session, weight)
     }
 
     /// Shows up to a batch of letterboxed 8-bit images to the networks; with [`Config::test_flip`] their mirror images
@@ -396,6 +369,6 @@ fn prior(tensor: impl Fn(&str) -> Option<Vec<f32>>) -> Option<Prior> {
     })
 }
 
-fn sigmoid(x: f64) -> f64 {
+pub(super) fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }

@@ -86,14 +86,19 @@ fn place(shape: Shape, i: usize) -> usize {
     (n * shape.c + c) * shape.pixels() + tap
 }
 
-/// Writes the parameters and running statistics of the encoder on `tape` from the file at `path`. The file's
-/// classifier, its head behind the last stage, and counters of batches are not needed.
+/// Writes the parameters and running statistics of the encoder on `tape` from the bytes of a file, whose `path` is for
+/// the message. The file's classifier, its head behind the last stage, and counters of batches are not needed.
 ///
 /// # Errors
-/// [`Error::File`] if the file cannot be read, or naming the first tensor that is missing, unknown, of another
-/// shape or of another type than F32.
-pub fn initialise(path: &Path, tape: &Tape, session: &mut dyn Session<f32>) -> Result<()> {
-    let (naming, mut stored) = read(path)?;
+/// [`Error::File`] if the bytes are of no safetensors file, or naming the first tensor that is missing, unknown, of
+/// another shape or of another type than F32.
+pub fn initialise(
+    path: &Path,
+    bytes: &[u8],
+    tape: &Tape,
+    session: &mut dyn Session<f32>,
+) -> Result<()> {
+    let (naming, mut stored) = read(path, bytes)?;
     let wanted = encoder(tape);
     let mut unknown: Vec<&String> = stored
         .keys()
@@ -241,9 +246,8 @@ fn move_mean(stored: &mut HashMap<String, Stored>, shifts: &[f64]) {
 }
 
 /// The tensors of a file that may be of use, by torchvision's names, and whose names they had.
-fn read(path: &Path) -> Result<(Naming, HashMap<String, Stored>)> {
-    let bytes = checkpoint::read(path)?;
-    let file = SafeTensors::deserialize(&bytes)
+fn read(path: &Path, bytes: &[u8]) -> Result<(Naming, HashMap<String, Stored>)> {
+    let file = SafeTensors::deserialize(bytes)
         .map_err(|e| Error::caused(path, format!("expected a safetensors file, found: {e}"), e))?;
     let mut stored = HashMap::new();
     let mut naming = Naming::Torchvision;
@@ -274,14 +278,10 @@ fn read(path: &Path) -> Result<(Naming, HashMap<String, Stored>)> {
     Ok((naming, stored))
 }
 
-/// Whether the file at `path` is a safetensors file that this program did not write.
-///
-/// # Errors
-/// [`Error::File`] if it cannot be read.
-pub fn is_foreign(path: &Path) -> Result<bool> {
-    let bytes = checkpoint::read(path)?;
-    let header = SafeTensors::read_metadata(&bytes);
-    Ok(header.is_ok_and(|(_, header)| !checkpoint::is_own(&header)))
+/// Whether these are the bytes of a safetensors file that this program did not write.
+pub fn is_foreign(bytes: &[u8]) -> bool {
+    let header = SafeTensors::read_metadata(bytes);
+    header.is_ok_and(|(_, header)| !checkpoint::is_own(&header))
 }
 
 /// Layers outside of the stages, as timm and as torchvision call them.
@@ -412,7 +412,7 @@ mod tests {
 
     fn load(path: &Path, tape: &Tape) -> Result<Session<f32>> {
         let mut session = session(tape);
-        initialise(path, tape, &mut session)?;
+        initialise(path, &std::fs::read(path).unwrap(), tape, &mut session)?;
         Ok(session)
     }
 
@@ -423,7 +423,7 @@ mod tests {
         let (colour, images, map) = encoder("other", 3, 0);
         let tensors = draw(&colour);
         write(&path, &tensors);
-        assert!(is_foreign(&path).unwrap());
+        assert!(is_foreign(&std::fs::read(&path).unwrap()));
         let mut reference = session(&colour);
         for (name, extents, values) in &tensors {
             let var = [Kind::Parameter, Kind::State]

@@ -11,8 +11,10 @@ use sha2::{Digest, Sha256};
 use super::checkpoint::{self, Checkpoint, Position};
 use super::config::{Arm, Config, Feature, ModelKind, Precision, PriorStart};
 use super::evaluate::{RESULTS, examine, make_folder, write};
-use super::model::{BEST, CONFIG, LAST};
+use super::model::{CONFIG, LAST};
+use super::saver::{self, Saver};
 use super::step::TrainingStep;
+use super::validation::Validation;
 use super::{Model, Report, pretrained, schedule, select, stop};
 use crate::data::device::Augmenter;
 use crate::data::image::write_atomically;
@@ -23,8 +25,7 @@ use crate::device::simd::Level;
 use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
 use crate::features::{FitOptions, MaskSums, Prior, Start};
-use crate::metrics::classification::Auc;
-use crate::metrics::{DatasetMetrics, read_csv, write_csv};
+use crate::metrics::{DatasetMetrics, read_csv};
 use crate::ops::control;
 
 /// Name of the file that says what a run was made from.
@@ -157,7 +158,7 @@ pub struct Epoch {
     /// Time that validation took, part of the next; absent in files of earlier versions.
     #[serde(default)]
     pub validation_seconds: Option<f64>,
-    /// Time that the epoch took.
+    /// Time since the epoch before was over, or the first began.
     pub seconds: f64,
 }
 
@@ -171,14 +172,10 @@ pub struct Epoch {
 pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) -> Result<Trained> {
     let config = configuration(args)?;
     let backend = config.backend(config.device)?;
-    if let Backend::Gpu { .. } = backend {
-        // What the device lacks should show before anything is read.
-        let step = TrainingStep::record(&config, config.arm.segments())?;
-        let _step = backend.session(&step.tape)?;
-        Model::new(config.clone(), config.batch, &backend)?;
-    }
+    // What the device lacks should show before anything is read.
+    let step = Step::new(&config, config.arm.segments(), &backend)?;
     let data = Data::open(&config, report, interrupt)?;
-    let mut run = Run::new(args.out, config, data, &backend, report)?;
+    let mut run = Run::new(args.out, config, data, step, &backend, report)?;
     if args.resume {
         run.resume()?;
     } else {
@@ -245,7 +242,7 @@ struct Data {
     source: Box<dyn Source>,
     drops: Vec<data::Drop>,
     fold: Fold,
-    /// All cases, letterboxed.
+    /// All cases, letterboxed, until the pools have those that are shown.
     examples: Vec<Example>,
     /// Weight of benign and of malignant images in the classification loss.
     class_weights: [f32; 2],
@@ -344,10 +341,10 @@ impl Data {
         }
     }
 
-    /// The training images, as the loader wants them.
-    fn pool(&self, size: usize) -> Result<Pool> {
+    /// A part of the images, as the loader wants them.
+    fn pool(&self, part: &[usize], size: usize) -> Result<Pool> {
         let mut pool = Pool::new(size);
-        for &i in &self.fold.train {
+        for &i in part {
             let malignant = self.source.cases()[i].label == Label::Malignant;
             let target = Target {
                 label: f32::from(u8::from(malignant)),
@@ -432,6 +429,20 @@ impl Batches {
     }
 }
 
+/// The training step and its memory.
+struct Step {
+    step: TrainingStep,
+    session: Box<dyn Session<f32>>,
+}
+
+impl Step {
+    fn new(config: &Config, prior: bool, backend: &Backend) -> Result<Self> {
+        let step = TrainingStep::record(config, prior)?;
+        let session = backend.session(&step.tape)?;
+        Ok(Self { step, session })
+    }
+}
+
 struct Run<'a> {
     out: &'a Path,
     report: &'a dyn Report,
@@ -445,7 +456,8 @@ struct Run<'a> {
     session: Box<dyn Session<f32>>,
     /// The latest step, whose results are not read yet.
     queued: Option<Queued>,
-    model: Model,
+    validation: Validation,
+    saver: Saver,
     position: Position,
     rows: Vec<Epoch>,
 }
@@ -454,19 +466,26 @@ impl<'a> Run<'a> {
     fn new(
         out: &'a Path,
         config: Config,
-        data: Data,
+        mut data: Data,
+        step: Step,
         backend: &Backend,
         report: &'a dyn Report,
     ) -> Result<Self> {
-        let step = TrainingStep::record(&config, data.prior.is_some())?;
-        let mut session = backend.session(&step.tape)?;
-        // Epochs are chosen without flips: what only tests depend on changes no weights.
-        let upright = Config {
-            test_flip: false,
-            ..config.clone()
+        let fitted = data.prior.is_some();
+        let Step { step, mut session } = match step.step.prior.is_some() == fitted {
+            true => step,
+            false => {
+                // Its memory first.
+                drop(step);
+                Step::new(&config, fitted, backend)?
+            }
         };
-        let model = Model::new(upright, config.batch, backend)?;
-        let pool = Arc::new(data.pool(config.size)?);
+        let held_out = data.pool(&data.fold.validation, config.size)?;
+        let validation = Validation::new(&config, backend, &step, &mut *session, held_out)?;
+        let saver = Saver::new(out, &config, &step.tape, &mut *session)?;
+        let pool = Arc::new(data.pool(&data.fold.train, config.size)?);
+        // The pools have them now.
+        data.examples = Vec::new();
         let mut augmenter = None;
         if let Backend::Gpu { gpu, narrow } = backend {
             let augment = Some(config.augment);
@@ -488,18 +507,19 @@ impl<'a> Run<'a> {
         if !config.init.is_empty() && !out.join(LAST).is_file() {
             let path = Path::new(&config.init);
             let efficientnet = config.model.kind == ModelKind::EfficientnetB1;
-            let foreign = pretrained::is_foreign(path)?;
+            let bytes = checkpoint::read(path)?;
+            let foreign = pretrained::is_foreign(&bytes);
             if foreign && !efficientnet {
                 let problem = "expected a checkpoint of echograd, found weights of another program, which only the \
                     model efficientnet-b1 starts from";
                 return Err(Error::file(path, problem));
             }
             if foreign {
-                pretrained::initialise(path, &step.tape, &mut *session)?;
+                pretrained::initialise(path, &bytes, &step.tape, &mut *session)?;
                 let what = "holds an encoder's weights, the others are random";
                 report.line(&format!("{} {what}", path.display()));
             } else {
-                let checkpoint = Checkpoint::read(path)?;
+                let checkpoint = Checkpoint::of(path, &bytes)?;
                 let unmatched = checkpoint.initialise(path, &step.tape, &mut *session)?;
                 let (missing, unused) = (unmatched.missing.join(", "), unmatched.unused.join(", "));
                 if !missing.is_empty() {
@@ -516,7 +536,8 @@ impl<'a> Run<'a> {
             report,
             pool,
             augmenter,
-            model,
+            validation,
+            saver,
             device: backend.name(),
             config,
             data,
@@ -588,6 +609,7 @@ impl<'a> Run<'a> {
         }
         checkpoint.restore(&path, &self.step.tape, &mut *self.session)?;
         self.position = checkpoint.position;
+        saver::mend(self.out, &self.position)?;
         let path = self.out.join(METRICS);
         if path.is_file() {
             self.rows = read_csv(&path)?;
@@ -602,10 +624,13 @@ impl<'a> Run<'a> {
         self.data.fold.train.len().div_ceil(self.config.batch) as u64
     }
 
-    fn save(&self, name: &str) -> Result<()> {
-        let path = self.out.join(name);
-        let (tape, session) = (&self.step.tape, &*self.session);
-        checkpoint::write(&path, tape, session, &self.config, &self.position)
+    /// What is saved beside the tensors; `best` says whether it is the best so far.
+    fn state(&self, best: bool) -> saver::State {
+        saver::State {
+            position: self.position.clone(),
+            rows: self.rows.clone(),
+            best,
+        }
     }
 
     /// Whether no epoch is left or early stopping says so.
@@ -636,8 +661,8 @@ impl<'a> Run<'a> {
             };
             Batches::Loader(Loader::new(Arc::clone(&self.pool), loader, upcoming)?)
         };
+        let mut started = Instant::now();
         while !self.over() {
-            let started = Instant::now();
             while self.position.step < self.per_epoch() {
                 let (request, batch) = batches.next()?;
                 let done = self.queue(request, batch)?;
@@ -649,7 +674,8 @@ impl<'a> Run<'a> {
                 self.report.progress("training", done, total, &message);
                 if stop(interrupt).is_err() {
                     self.settle()?;
-                    self.save(LAST)?;
+                    let state = self.state(false);
+                    self.saver.put_last(&mut *self.session, &state)?;
                     self.report.line(&format!(
                         "saved at {message}, step {}; --resume goes on from there",
                         self.position.step
@@ -658,7 +684,7 @@ impl<'a> Run<'a> {
                 }
             }
             batches.recycle(self.settle()?);
-            self.end_epoch(started)?;
+            started = self.end_epoch(started)?;
         }
         Ok(())
     }
@@ -750,12 +776,20 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Validates, and writes a row of metrics and the checkpoints.
-    fn end_epoch(&mut self, started: Instant) -> Result<()> {
+    /// Validates, and has a row of metrics and the checkpoints written. Returns when the epoch was over.
+    fn end_epoch(&mut self, started: Instant) -> Result<Instant> {
         // What was queued is done, as the last step's results are read.
         let validating = Instant::now();
-        let (dice, auc) = self.validate()?;
-        let validation_seconds = validating.elapsed().as_secs_f64();
+        let of_prior = self.step.prior.map(|prior| [prior.weight, prior.bias]);
+        for var in of_prior.into_iter().flatten() {
+            self.session.fetch(var)?;
+        }
+        let (dice, auc) = self.validation.run(&*self.session)?;
+        let mut prior = Vec::new();
+        while let Some(values) = self.session.fetched()? {
+            prior.extend(values.into_iter().map(f64::from));
+        }
+        let ended = Instant::now();
         let images = self.data.fold.train.len() as f64;
         let sums = std::mem::take(&mut self.position.sums);
         let means: Vec<f64> = sums.iter().map(|sum| sum / images).collect();
@@ -777,15 +811,7 @@ impl<'a> Run<'a> {
             self.position.best = Some(score);
             self.position.best_epoch = epoch;
         }
-        let read = |var| -> Result<Vec<f64>> {
-            let values = self.session.read(var)?;
-            Ok(values.iter().map(|&value| f64::from(value)).collect())
-        };
-        let (weights, bias) = match self.step.prior {
-            Some(prior) => (read(prior.weight)?, read(prior.bias)?),
-            None => (Vec::new(), Vec::new()),
-        };
-        let prior = |k: usize| weights.get(k).copied();
+        let prior = |k: usize| prior.get(k).copied();
         let row = Epoch {
             epoch,
             step,
@@ -803,46 +829,24 @@ impl<'a> Run<'a> {
             prior_orientation: prior(1),
             prior_margin: prior(2),
             prior_roundness: prior(3),
-            prior_bias: bias.first().copied(),
-            validation_seconds: Some(validation_seconds),
-            seconds: started.elapsed().as_secs_f64(),
+            prior_bias: prior(4),
+            validation_seconds: Some((ended - validating).as_secs_f64()),
+            seconds: (ended - started).as_secs_f64(),
         };
         self.report.epoch(&row, self.config.epochs, better);
         self.rows.push(row);
-        if better {
-            self.save(BEST)?;
+        let state = self.state(better);
+        match self.over() {
+            true => self.saver.put_last(&mut *self.session, &state)?,
+            false => self.saver.put(&mut *self.session, state)?,
         }
-        write_csv(&self.out.join(METRICS), &self.rows)?;
-        // Last: whatever is cut off before this is done again, with the same result.
-        self.save(LAST)
-    }
-
-    /// Mean Dice at the network's resolution over the validation fold, and its AUC.
-    fn validate(&mut self) -> Result<(Option<f64>, Option<f64>)> {
-        self.model.copy_weights(&self.step, &*self.session)?;
-        let (examples, cases) = (&self.data.examples, self.data.source.cases());
-        let validation = &self.data.fold.validation;
-        let (mut dice, mut scores) = (0.0, Vec::new());
-        for part in validation.chunks(self.config.batch) {
-            let images: Vec<&[u8]> = part.iter().map(|&i| &examples[i].image[..]).collect();
-            for (&i, inference) in part.iter().zip(self.model.infer(&images)?) {
-                if let Some(logits) = inference.logits {
-                    dice += overlap(&logits, &examples[i].mask);
-                }
-                if let Some(p) = inference.p {
-                    scores.push((p, cases[i].label == Label::Malignant));
-                }
-            }
-        }
-        let segments = self.config.arm.segments();
-        let dice = segments.then_some(dice / validation.len() as f64);
-        Ok((dice, Auc::of(&scores).map(|auc| auc.value)))
+        Ok(ended)
     }
 
     /// The best weights on the validation fold, at original resolution.
     fn finish(self, interrupt: &AtomicBool) -> Result<Trained> {
         // Its memory first: another network's comes on top.
-        drop((self.session, self.model));
+        drop((self.session, self.validation, self.saver));
         let mut model = Model::open(self.out, self.config.device, usize::MAX)?;
         let source = &*self.data.source;
         let subset = &self.data.fold.validation;
@@ -861,22 +865,6 @@ impl<'a> Run<'a> {
 /// Whether the training of the run in that folder is over: its validation metrics are the last thing written.
 pub(crate) fn is_finished(run: &Path) -> bool {
     run.join(VALIDATION).join(RESULTS).is_file()
-}
-
-/// Dice coefficient of the pixels with logit ≥ 0 and those that are at least half lesion. 0 if nothing
-/// is predicted.
-fn overlap(logits: &[f32], mask: &[u8]) -> f64 {
-    let (mut both, mut either) = (0u64, 0u64);
-    for (&z, &g) in logits.iter().zip(mask) {
-        let (predicted, truth) = (z >= 0.0, g >= 128);
-        both += u64::from(predicted && truth);
-        either += u64::from(predicted) + u64::from(truth);
-    }
-    // A lesion too thin to fill half a pixel anywhere, and none predicted.
-    if either == 0 {
-        return 0.0;
-    }
-    2.0 * both as f64 / either as f64
 }
 
 #[cfg(test)]
@@ -906,5 +894,67 @@ mod tests {
             panic!()
         };
         assert_eq!(only.indices, [a, b, a, b, a]);
+    }
+
+    /// What a GPU is asked for in an epoch. Nothing waits for all that is queued, and the number of weights does not
+    /// show.
+    #[cfg(echograd_emulator)]
+    #[test]
+    fn between_steps_little_goes_over_the_host() {
+        use crate::data::phantom::{self, Site};
+        use crate::device::gpu::Gpu;
+
+        let folder = tempfile::tempdir().unwrap();
+        let images = folder.path().join("images");
+        phantom::write(&[Site::A], 40, 1, &images, &|_| Ok(())).unwrap();
+        let data = format!("busi:{}", images.display());
+        let epochs = 3;
+        let settings = [
+            ("preset", "tiny"),
+            ("data", &data),
+            ("size", "16"),
+            ("batch", "2"),
+            ("model.widths", "[3, 5]"),
+            ("epochs", &epochs.to_string()),
+            ("folds", "3"),
+            ("early_stopping.patience", "0"),
+        ];
+        let owned = settings.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let config = Config::load(None, &owned).unwrap();
+        let gpu = Gpu::emulator().unwrap();
+        let backend = Backend::Gpu {
+            gpu: gpu.clone(),
+            narrow: true,
+        };
+        let no = AtomicBool::new(false);
+        let out = folder.path().join("run");
+        let step = Step::new(&config, true, &backend).unwrap();
+        let data = Data::open(&config, &(), &no).unwrap();
+        let mut run = Run::new(&out, config, data, step, &backend, &()).unwrap();
+        run.begin().unwrap();
+        let steps = epochs * run.per_epoch() as usize;
+        let held_out = run.data.fold.validation.len();
+        // Eight at once.
+        let shown = epochs * held_out.div_ceil(8);
+        assert!(held_out > 8 && steps > 2 * epochs);
+
+        let before = gpu.traffic();
+        run.epochs(&no).unwrap();
+        let now = gpu.traffic();
+        assert_eq!(now.replays - before.replays, steps + shown);
+        // Augmentation; images shown, and the weights.
+        let launches = steps + shown + epochs;
+        assert_eq!(now.launches - before.launches, launches);
+        // What augmentation draws and four small inputs; which images are shown.
+        assert_eq!(now.writes - before.writes, 5 * steps + shown);
+        // Losses; overlaps and malignancies, and the prior.
+        let fetches = steps + 2 * shown + 2 * epochs;
+        assert_eq!(now.fetches - before.fetches, fetches);
+        // The state of an epoch, unless its checkpoint is skipped.
+        let copies = now.copies - before.copies;
+        assert!((1..=epochs).contains(&copies), "{copies}");
+        let aside = now.reads_aside - before.reads_aside;
+        assert!((1..=copies).contains(&aside), "{aside}");
+        assert_eq!((now.reads, now.waits), (before.reads, before.waits));
     }
 }

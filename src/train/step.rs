@@ -8,6 +8,7 @@ use crate::device::{Backend, Session};
 use crate::error::Result;
 use crate::features;
 use crate::loss::{Loss, Prior, Targets, Terms, Tie};
+use crate::nn::weights::{self, Part};
 use crate::nn::{
     self, AttentionUNet, EfficientNet, Fold, Heads, Logits, Mode, Network, Start, UNet,
 };
@@ -298,15 +299,24 @@ impl Evaluation {
         backend.session(&self.tape)
     }
 
-    /// Writes the weights of `session`: [`nn::load`].
+    /// What its parameters and states are made of: [`weights::parts`].
     ///
     /// # Errors
     /// The first of `source`.
+    pub fn parts<S>(&self, source: impl FnMut(&str, Shape) -> Result<S>) -> Result<Vec<Part<S>>> {
+        weights::parts(&self.tape, &self.folds, source)
+    }
+
+    /// Writes the weights of `session`, which `source` gives by name and extent.
+    ///
+    /// # Errors
+    /// The first of `source`; as [`Session::write`].
     pub fn load<'a>(
         &self,
         session: &mut dyn Session<f32>,
         source: impl FnMut(&str, Shape) -> Result<Cow<'a, [f32]>>,
     ) -> Result<()> {
-        nn::load(&self.tape, &self.folds, session, source)
+        let mut parts = self.parts(source)?.into_iter();
+        parts.try_for_each(|part| weights::load(session, part))
     }
 }
