@@ -1,8 +1,8 @@
-"""Puts together what benches/gpu.sh gathered in a folder: RESULTS/GPU.json and a summary on stdout.
+"""Puts together what benches/gpu.sh gathered in a folder so far: RESULTS/GPU.json and a summary on stdout.
 
     python3 benches/gpu_report.py LOGS RESULTS ECHOGRAD
 
-Exit status: 0 if every step passed, 1 if not.
+Exit status: 0 if every step passed, 1 if one failed or was left out.
 """
 
 import csv
@@ -64,44 +64,69 @@ def document(logs, name):
         return None
 
 
+def documents(logs, names, *prefixes):
+    """The JSON of the steps whose names begin so."""
+    found = (document(logs, name) for name in names if name.startswith(prefixes))
+    return [each for each in found if each]
+
+
 def steps(logs, echograd):
-    """What ran, how it ended, and the end of what it said; of failed steps all streams."""
-    found = []
+    """What ran, how it ended last, and the end of what it said; of failed steps all streams."""
+    found = {}
     for line in read(logs / "steps").splitlines():
         name, status, seconds, command = line.split("\t", 3)
+        step = {"name": name, "command": pathless(command, echograd)}
+        found.pop(name, None)
+        found[name] = step
+        if status == "skipped":
+            step["status"] = status
+            continue
         texts = (pathless(read(logs / f"{name}.{stream}"), echograd) for stream in ("out", "err"))
         out, err = (text.strip().splitlines() for text in texts)
-        step = {"name": name, "command": pathless(command, echograd), "status": int(status), "seconds": int(seconds)}
-        if int(status):
+        step |= {"status": int(status), "seconds": int(seconds)}
+        if step["status"]:
             step["stdout"], step["stderr"] = out[-OUTPUT_LINES:], err[-OUTPUT_LINES:]
         elif name.startswith(JSON_STEPS):
             if document(logs, name) is None:
                 step["status"], step["stderr"] = 1, ["its output is no JSON"]
         else:
             step["stdout"] = out[-1:]
-        found.append(step)
-    return found
+    return list(found.values())
+
+
+def together(found, rows, key):
+    """One document of several: that of the first, the rows of all, those alike by `key` in one."""
+    if not found:
+        return None
+    merged = {}
+    for row in (row for each in found for row in each[rows]):
+        merged.setdefault(key(row), {}).update(row)
+    errors = [error for each in found for error in each["errors"]]
+    return found[0] | {rows: list(merged.values()), "errors": errors}
 
 
 def compare(profile, pytorch, dtype):
-    """The fused block against the copy bandwidth and PyTorch, as far as all were measured."""
+    """The fused block against the copy bandwidth and PyTorch, as far as they were measured."""
     try:
         fused = next(p for p in profile["profiles"] if p["title"].startswith("fused"))
-        # The faster of the two copies that were measured: the harder target.
-        copy = max(profile["roof"]["copy_bytes_per_second"], 1e9 * pytorch["copy"]["gb_per_s"])
+        copy = profile["roof"]["copy_bytes_per_second"]
+        if pytorch:
+            # The faster of the two copies that were measured: the harder target.
+            copy = max(copy, 1e9 * pytorch["copy"]["gb_per_s"])
         masks, side, *_ = max((row["shape"] for row in fused["rows"]), key=math.prod)
-        peer = next(b for b in pytorch["blocks"] if (b["dtype"], b["masks"], b["side"]) == (dtype, masks, side))
         found = {
-            "masks": peer["masks"],
-            "side": peer["side"],
+            "masks": masks,
+            "side": side,
             "seconds": fused["seconds"],
             "bandwidth": fused["bytes"] / fused["seconds"] / copy,
-            "eager": 1e-3 * peer["eager_ms"] / fused["seconds"],
         }
-        if "compile_ms" in peer:
-            found["compile"] = 1e-3 * peer["compile_ms"] / fused["seconds"]
     except (KeyError, IndexError, StopIteration, TypeError, ZeroDivisionError):
         return None
+    rows = (pytorch or {}).get("blocks", [])
+    peer = next((b for b in rows if (b["dtype"], b["masks"], b["side"]) == (dtype, masks, side)), {})
+    for variant in ("eager", "compile"):
+        if f"{variant}_ms" in peer:
+            found[variant] = 1e-3 * peer[f"{variant}_ms"] / fused["seconds"]
     return found
 
 
@@ -191,7 +216,8 @@ def summary_of_steps(steps):
         if found is None:
             print(f"  training step, {name}: not measured")
             continue
-        where = f"{found['network']}, batch {found['batch']}, {found['size']}²"
+        wgmma = ", wgmma" if name.startswith("wgmma_") else ""
+        where = f"{found['network']}, batch {found['batch']}, {found['size']}²{wgmma}"
         print(
             f"  training step, {where}: {1e3 * found['seconds']:.2f} ms, {found['bytes'] >> 20} MiB,"
             f" {found['kernels']} kernels; at the roof {1e3 * found['least_seconds']:.2f} ms"
@@ -253,17 +279,22 @@ def main():
     logs, results, echograd = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     gpu, driver, memory, clock = (word.strip() for word in read(logs / "gpu").splitlines()[0].split(","))
     ran = steps(logs, echograd)
-    pytorch = document(logs, "pytorch")
-    names = [step["name"] for step in ran if step["name"].startswith("profile_")]
+    every = [step["name"] for step in ran]
+    blocks = documents(logs, [name for name in every if not name.startswith("pytorch_step")], "pytorch")
+    pytorch = together(blocks, "blocks", lambda row: (row["dtype"], row["masks"], row["side"]))
+    whole = documents(logs, every, "pytorch_step")
+    pytorch_steps = together(whole, "steps", lambda row: (row["network"], row["batch"], row["size"]))
+    names = [name for name in every if name.startswith("profile_")]
     profiles = {name: document(logs, name) for name in names}
     # profile_DTYPE_N,H,W,C
     ratios = {name: compare(found, pytorch, name.split("_")[1]) for name, found in profiles.items()}
-    profiled = [step["name"] for step in ran if step["name"].startswith("step_")]
+    profiled = [name for name in every if name.startswith(("step_", "wgmma_"))]
+    convolutions = {name: document(logs, f"conv_{name[5:]}") for name in profiled if name.startswith("step_")}
     steps_found = {
         name: whole_step(
             document(logs, name),
-            document(logs, "pytorch_step"),
-            document(logs, name.replace("step_", "conv_")),
+            pytorch_steps,
+            convolutions.get(name),
             document(logs, f"summary_{name.split('_')[1]}"),
         )
         for name in profiled
@@ -284,27 +315,27 @@ def main():
         "profiles": profiles,
         "pytorch": pytorch,
         "training_steps": steps_found,
-        "training_step_operations": {
-            name: operations(document(logs, name))
-            for name in (step["name"] for step in ran)
-            if name.startswith(("step_", "wgmma_"))
-        },
-        "convolutions": {name: document(logs, name.replace("step_", "conv_")) for name in profiled},
-        "pytorch_steps": document(logs, "pytorch_step"),
+        "training_step_operations": {name: operations(document(logs, name)) for name in profiled},
+        "convolutions": convolutions,
+        "pytorch_steps": pytorch_steps,
         "training": run,
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     path = results / f"{name}.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    failed = [step["name"] for step in ran if step["status"]]
-    print(f"\n{gpu}, driver {driver}: {len(ran) - len(failed)} steps passed, {len(failed)} failed")
+    skipped = [step["name"] for step in ran if step["status"] == "skipped"]
+    failed = [step["name"] for step in ran if step["status"] not in (0, "skipped")]
+    passed = len(ran) - len(failed) - len(skipped)
+    print(f"\n{gpu}, driver {driver}: {passed} steps passed, {len(failed)} failed, {len(skipped)} left out")
     for name in failed:
         print(f"  FAILED: {name}")
+    if skipped:
+        print(f"  left out: {', '.join(skipped)}")
     summary(ratios)
     summary_of_steps(steps_found)
     summary_of_training(run)
     print(f"written to {path}")
-    return 1 if failed else 0
+    return 1 if failed or skipped else 0
 
 
 if __name__ == "__main__":
