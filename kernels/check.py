@@ -45,8 +45,8 @@ PACKAGES = [
 ]
 # What these call themselves: the table is that of this compiler, read by this disassembler.
 PINNED = ("V13.0.88", "V13.2.51")
-# The oldest run-time compiler that the sources are written for.
-NVRTC = "nvidia-cuda-nvrtc-cu12==12.4.127"
+# The oldest run-time compiler that the program uses (src/device/gpu/driver/compile.rs).
+NVRTC = "nvidia-cuda-nvrtc-cu12==12.1.105"
 
 FLAGS = "-std=c++17 -O3 -lineinfo -Xptxas -v -Werror all-warnings -cubin".split()
 ARCHITECTURES = ["80", "90a", "120"]

@@ -717,7 +717,7 @@ fn doctor_says_what_is_there_and_what_would_run() {
     let found = doctor(Run::echograd("driver", &["doctor", "--json"]).with("FAKE_NVRTC", "11080"));
     let problem = found["nvrtc"]["problem"].as_str().unwrap();
     assert!(
-        problem.contains("is of CUDA 11.8, older than 12.0; one of CUDA 13 is needed"),
+        problem.contains("is of CUDA 11.8, older than 12.1; one of CUDA 13 is needed"),
         "{problem}"
     );
 

@@ -69,8 +69,8 @@ library! {
     ptx = "nvrtcGetPTX": (Program, *mut c_char),
 }
 
-/// Oldest that is used: the first that knows sm_90a.
-const OLDEST: (u32, u32) = (12, 0);
+/// Oldest that is used. The one before knows sm_90a too, but crashes, and the program with it, on kernels with lambdas.
+const OLDEST: (u32, u32) = (12, 1);
 
 /// How to get it, for whoever has none.
 const HOW: &str = "install it with `pip install nvidia-cuda-nvrtc` and set ECHOGRAD_NVRTC to pip's folder, or \
