@@ -664,20 +664,35 @@ pub struct Report {
 }
 
 impl Report {
-    /// Of a check that is one case.
-    fn of_one(op: &'static str, seed: u64, description: &str, outcome: Outcome) -> Self {
-        let failure = outcome.mismatch.map(|mismatch| Failure {
+    /// Of a check that is one case; what a device says of a kernel is a failure of it.
+    fn of_one(
+        op: &'static str,
+        seed: u64,
+        description: &str,
+        outcome: Result<Outcome>,
+    ) -> Result<Self> {
+        let (outcome, problem) = match outcome {
+            Ok(outcome) => {
+                let problem = outcome.mismatch.clone().map(Problem::Mismatch);
+                (outcome, problem)
+            }
+            Err(error @ Error::Device { .. }) => {
+                (Outcome::default(), Some(Problem::Error(error.to_string())))
+            }
+            Err(other) => return Err(other),
+        };
+        let failure = problem.map(|problem| Failure {
             seed,
             description: description.into(),
-            problem: Problem::Mismatch(mismatch),
+            problem,
         });
-        Self {
+        Ok(Self {
             op,
             cases: 1,
             compared: outcome.compared,
             worst: outcome.worst,
             failures: failure.into_iter().collect(),
-        }
+        })
     }
 }
 
@@ -743,6 +758,10 @@ pub fn check_operation(entry: &Entry, seed: u64, cases: u64, gpu: Option<&Gpu>) 
 /// # Errors
 /// As [`check_on`].
 pub fn check_optimizer(gpu: &Gpu, seed: u64) -> Result<Report> {
+    Report::of_one("adamw", seed, "five steps", optimizer(gpu, seed))
+}
+
+fn optimizer(gpu: &Gpu, seed: u64) -> Result<Outcome> {
     let mut sampler = Sampler::new(seed);
     let mut tape = Tape::new();
     let control = tape.input("control", Shape::per_channel(control::LEN));
@@ -806,7 +825,7 @@ pub fn check_optimizer(gpu: &Gpu, seed: u64) -> Result<Report> {
         let (found, expected) = (device.read(var)?, cpu.read(var));
         outcome.compare("output", &found, expected, expected, 0.0);
     }
-    Ok(Report::of_one("adamw", seed, "five steps", outcome))
+    Ok(outcome)
 }
 
 /// Checks the kernel that makes batches on a device: images and masks under every kind of change, drawn from `seed`,
@@ -815,6 +834,10 @@ pub fn check_optimizer(gpu: &Gpu, seed: u64) -> Result<Report> {
 /// # Errors
 /// As [`check_on`].
 pub fn check_augmentation(gpu: &Gpu, seed: u64) -> Result<Report> {
+    Report::of_one("augment", seed, "a batch", augmentation(gpu, seed))
+}
+
+fn augmentation(gpu: &Gpu, seed: u64) -> Result<Outcome> {
     // Several tiles of the kernel, and partial ones.
     const SIZE: usize = 68;
     const PIXELS: usize = SIZE * SIZE;
@@ -894,7 +917,7 @@ pub fn check_augmentation(gpu: &Gpu, seed: u64) -> Result<Report> {
             }
         }
     }
-    Ok(Report::of_one("augment", seed, "a batch", outcome))
+    Ok(outcome)
 }
 
 #[cfg(all(test, echograd_emulator))]

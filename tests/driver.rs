@@ -313,6 +313,10 @@ fn a_kernel_that_fails_is_named() {
         "cuda: the kernel scale_f32 failed",
         "CUDA_ERROR_ILLEGAL_ADDRESS",
     ]);
+    // Whatever failed before, all that is checked has its line.
+    Run::echograd("driver", &["gradcheck", "--device", "cuda", "--cases", "1"])
+        .with("FAKE_CRASH", "scale_f32")
+        .reports(&["\nscale ", "\nadamw ", "\naugment ", " failed\n"]);
     Run::echograd("driver", &CHECK)
         .with("FAKE_REFUSE", "scale_f32")
         .reports(&[

@@ -128,6 +128,8 @@ impl Args {
         }
         let interrupt = super::interrupt()?;
         let (console, done) = (Console::default(), AtomicU64::new(0));
+        // Where a kernel may hang, results come as they are there.
+        let at_once = self.device == Device::Cuda && !self.json;
         let check = |gpu: Option<&Gpu>, entry: &Entry| {
             stop(interrupt)?;
             let report = match check_operation(entry, self.seed, cases, gpu) {
@@ -135,9 +137,16 @@ impl Args {
                 report => Ok(report?),
             };
             let n = done.fetch_add(1, Ordering::Relaxed) + 1;
-            console.progress("operations", n, entries.len() as u64, entry.name);
+            match &report {
+                Ok(report) if at_once => row(report)?,
+                _ if at_once => {}
+                _ => console.progress("operations", n, entries.len() as u64, entry.name),
+            }
             Ok(report)
         };
+        if at_once {
+            header(self.device)?;
+        }
         let checked: Result<Vec<std::result::Result<Report, &'static str>>> = match &gpu {
             None => entries.par_iter().map(|entry| check(None, entry)).collect(),
             // Each operation has an emulator of its own, with a queue of its own.
@@ -158,8 +167,13 @@ impl Args {
             }
         }
         if let (Some(gpu), None) = (&gpu, &self.op) {
-            reports.push(check_optimizer(gpu, self.seed)?);
-            reports.push(check_augmentation(gpu, self.seed)?);
+            for check in [check_optimizer, check_augmentation] {
+                let report = check(gpu, self.seed)?;
+                if at_once {
+                    row(&report)?;
+                }
+                reports.push(report);
+            }
         }
         drop(console);
         let failed = reports.iter().filter(|r| !r.failures.is_empty()).count();
@@ -181,7 +195,11 @@ impl Args {
             };
             super::print_json(&document)?;
         } else {
-            print(&reports, self.device)?;
+            if !at_once {
+                header(self.device)?;
+                reports.iter().try_for_each(row)?;
+            }
+            print_failures(&reports, self.device)?;
             if !missing.is_empty() {
                 outln!(
                     "no kernels for {}: {}",
@@ -195,7 +213,7 @@ impl Args {
     }
 }
 
-fn print(reports: &[Report], device: Device) -> Result<()> {
+fn header(device: Device) -> Result<()> {
     let compared = if device == Device::Cpu {
         "derivatives"
     } else {
@@ -208,20 +226,26 @@ fn print(reports: &[Report], device: Device) -> Result<()> {
         compared,
         "worst error"
     );
-    for r in reports {
-        let verdict = if r.failures.is_empty() {
-            "ok"
-        } else {
-            "FAILED"
-        };
-        outln!(
-            "{:<26} {:>6} {:>12} {:>12.1e}  {verdict}",
-            r.op,
-            r.cases,
-            r.compared,
-            r.worst
-        );
-    }
+    Ok(())
+}
+
+fn row(of: &Report) -> Result<()> {
+    let verdict = if of.failures.is_empty() {
+        "ok"
+    } else {
+        "FAILED"
+    };
+    outln!(
+        "{:<26} {:>6} {:>12} {:>12.1e}  {verdict}",
+        of.op,
+        of.cases,
+        of.compared,
+        of.worst
+    );
+    Ok(())
+}
+
+fn print_failures(reports: &[Report], device: Device) -> Result<()> {
     for r in reports {
         let Some(first) = r.failures.first() else {
             continue;
