@@ -161,7 +161,7 @@ def whole_step(profile, pytorch, layers, summary):
     if "eager" in peer and summary:
         # The prior's five learned numbers are no part of the network.
         found["same_network"] = summary["parameters"] == peer["eager"]["parameters"]
-    if layers:
+    if layers and layers["layers"]:
         wide = [
             layer["ours_ms"] / layer["cudnn_ms"]
             for layer in layers["layers"]

@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from features_gpu import Clock
+from features_gpu import Clock, printed
 
 KINDS = {"input_gradient": (True, False, False), "weight_gradient": (False, True, False)}
 
@@ -88,15 +88,6 @@ def main():
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[document["dtype"]]
     clock = Clock(args.device, args.iterations)
     rows = []
-    for layer, seconds in layers(document["profiles"][0]).items():
-        kind, x, w, y, groups = layer
-        row = {"kind": kind, "x": x, "w": w, "y": y, "groups": groups, "steps": len(seconds)}
-        row["flops"] = 2 * y[0] * y[1] * y[2] * w[0] * w[1] * w[2] * w[3]
-        if None not in seconds:
-            row["ours_ms"] = 1e3 * sum(seconds) / len(seconds)
-        row["cudnn_ms"] = measure(layer, dtype, args.device, clock)
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
     result = {
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
@@ -106,8 +97,16 @@ def main():
         "iterations": args.iterations,
         "layers": rows,
     }
-    json.dump(result, sys.stdout, indent=1)
-    print()
+    with printed(result):
+        for layer, seconds in layers(document["profiles"][0]).items():
+            kind, x, w, y, groups = layer
+            row = {"kind": kind, "x": x, "w": w, "y": y, "groups": groups, "steps": len(seconds)}
+            row["flops"] = 2 * y[0] * y[1] * y[2] * w[0] * w[1] * w[2] * w[3]
+            if None not in seconds:
+                row["ours_ms"] = 1e3 * sum(seconds) / len(seconds)
+            row["cudnn_ms"] = measure(layer, dtype, args.device, clock)
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
     return 0
 
 

@@ -15,13 +15,16 @@ Times are between CUDA events around one forward and backward; before each the L
 before them: PyTorch at its best. The copy bandwidth is that of `Tensor.copy_`, bytes read plus bytes written.
 
 Before anything is timed the block is checked: the features of a disc, a flat and a steep ellipse against known values, and the loss and
-gradients of each variant against the same block in f64. A failure is under "errors", and the exit status is 1.
+gradients of each variant against the same block in f64. A failure is under "errors", and the exit status is 1. Who ends this by
+SIGTERM gets the document with what was measured until then.
 `--device cpu` does all that without a GPU, with times of the wall clock.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import signal
 import statistics
 import sys
 import time
@@ -223,6 +226,17 @@ def measure(masks, side, name, args, clock):
     return row, errors
 
 
+@contextlib.contextmanager
+def printed(document):
+    """Prints what is in the document at the end, also if that is a SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        json.dump(document, sys.stdout, indent=1)
+        print(flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -240,14 +254,7 @@ def main():
     # The block has no large product, but a convolution that TF32 would round to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
     clock = Clock(args.device, args.iterations)
-    errors = check_features(args.device)
-    rows = []
-    for masks, side in args.blocks:
-        for name in ("f32", "bf16"):
-            row, wrong = measure(masks, side, name, args, clock)
-            rows.append(row)
-            errors += wrong
-            print(json.dumps(row), file=sys.stderr, flush=True)
+    errors, rows = check_features(args.device), []
     document = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -257,8 +264,13 @@ def main():
         "blocks": rows,
         "errors": errors,
     }
-    json.dump(document, sys.stdout, indent=1)
-    print()
+    with printed(document):
+        for masks, side in args.blocks:
+            for name in ("f32", "bf16"):
+                row, wrong = measure(masks, side, name, args, clock)
+                rows.append(row)
+                errors += wrong
+                print(json.dumps(row), file=sys.stderr, flush=True)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from features_gpu import BIAS, MEAN, SD, WEIGHT, constants, loss
+from features_gpu import BIAS, MEAN, SD, WEIGHT, constants, loss, printed
 
 WIDTHS = (16, 32, 64, 128, 256)
 # Expansion, kernel, stride, channels, blocks of EfficientNet-B1's stages.
@@ -272,18 +272,6 @@ def main():
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rows, errors = [], []
-    for name, batch in args.steps:
-        row = {"network": name, "batch": batch, "size": args.size, "dtype": args.dtype}
-        for variant in ["eager"] if args.no_compile else ["eager", "compile"]:
-            try:
-                row[variant] = measure(name, batch, args, variant == "compile")
-            except Exception as error:  # One that does not compile or fit must not cost the others.
-                errors.append(f"{name}, batch {batch}, {variant}: {type(error).__name__}: {str(error)[:300]}")
-                continue
-            if not row[variant]["last_loss"] < row[variant]["first_loss"]:
-                errors.append(f"{name}, batch {batch}, {variant}: the loss does not fall: {row[variant]}")
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
     document = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -293,8 +281,19 @@ def main():
         "steps": rows,
         "errors": errors,
     }
-    json.dump(document, sys.stdout, indent=1)
-    print()
+    with printed(document):
+        for name, batch in args.steps:
+            row = {"network": name, "batch": batch, "size": args.size, "dtype": args.dtype}
+            rows.append(row)
+            for variant in ["eager"] if args.no_compile else ["eager", "compile"]:
+                try:
+                    row[variant] = measure(name, batch, args, variant == "compile")
+                except Exception as error:  # One that does not compile or fit must not cost the others.
+                    errors.append(f"{name}, batch {batch}, {variant}: {type(error).__name__}: {str(error)[:300]}")
+                    continue
+                if not row[variant]["last_loss"] < row[variant]["first_loss"]:
+                    errors.append(f"{name}, batch {batch}, {variant}: the loss does not fall: {row[variant]}")
+            print(json.dumps(row), file=sys.stderr, flush=True)
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     return 1 if errors else 0
