@@ -848,9 +848,11 @@ fn a_full_disk_is_an_error_and_what_was_there_stays() {
         command.args(args).output().unwrap()
     };
     let output = limited(&train_args("new", "1", &[]));
-    assert_fails(&output, &["new/best.safetensors: cannot be written"]);
+    assert_fails(&output, &["new/last.safetensors: cannot be written"]);
     assert!(text(&output.stderr).contains("File too large"));
-    assert!(!at.join("new/best.safetensors").exists());
+    for checkpoint in ["best.safetensors", "last.safetensors"] {
+        assert!(!at.join("new").join(checkpoint).exists());
+    }
     // Once there is room again, the run goes on.
     done(at, &["train", "--resume", "--out", "new"]);
 
