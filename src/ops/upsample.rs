@@ -167,12 +167,12 @@ impl Op for Upsample2x {
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let (x, y, from) = (at.input(0), at.output(0), at.input_shape(0));
-        let skip = (at.inputs() == 2).then(|| at.input(1));
-        let units = SplitUnits::new(at.output_shape(0).c, from.c, [x, y, skip.unwrap_or(x)])?;
+        let skip = if at.inputs() == 2 { at.input(1) } else { x };
+        let units = SplitUnits::new(at.output_shape(0).c, from.c, [x, y, skip])?;
         let count = from.rows() * units.each as usize;
         let arguments = UpsampleKernel {
             x: x.into(),
-            skip: skip.unwrap_or(x).into(),
+            skip: skip.into(),
             y: y.into(),
             count: count as u64,
             units: units.each,
@@ -346,7 +346,7 @@ impl Op for Upsample2xGradient {
     }
     fn launch(&self, at: &mut Launches<'_>) -> Result<()> {
         let (dy, dx, to) = (at.input(0), at.output(0), at.output_shape(0));
-        let dskip = (at.outputs() == 2).then(|| at.output(1)).unwrap_or(dx);
+        let dskip = if at.outputs() == 2 { at.output(1) } else { dx };
         let units = SplitUnits::new(at.input_shape(0).c, to.c, [dy, dx, dskip])?;
         let count = to.rows() * units.each as usize;
         let arguments = UpsampleGradientKernel {
