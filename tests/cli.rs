@@ -927,6 +927,43 @@ fn features_writes_a_row_for_every_image() {
     }
 }
 
+#[test]
+fn features_of_one_patient_count_once() {
+    let root = copy();
+    let auc = || {
+        json(
+            root.path(),
+            &["features", "--data", "folder:data", "--json"],
+        )["auc"]
+            .clone()
+    };
+    let alone = auc();
+    let path = root.path().join("data/labels.csv");
+    let text = fs::read_to_string(&path).unwrap();
+    let mut labels = "image,label,patient,pixel_mm\n".to_owned();
+    for (i, line) in text.lines().skip(1).enumerate() {
+        let fields: Vec<&str> = line.split(',').collect();
+        labels += &format!("{},{},p{},{}\n", fields[0], fields[1], i / 4, fields[2]);
+    }
+    fs::write(&path, labels).unwrap();
+    let clustered = auc();
+    for (alone, clustered) in alone
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(clustered.as_array().unwrap())
+    {
+        let figure = |of: &Value, name: &str| of["auc"][name].as_f64().unwrap();
+        assert_eq!(alone["n"], clustered["n"]);
+        assert_eq!(figure(alone, "value"), figure(clustered, "value"));
+        assert_eq!(
+            [alone, clustered].map(|of| figure(of, "clusters")),
+            [7.0, 4.0]
+        );
+        assert_ne!(alone["auc"]["ci95"], clustered["auc"]["ci95"]);
+    }
+}
+
 /// BUS-UCLM has images that were cropped after their masks were drawn.
 #[test]
 fn features_measures_a_mask_that_does_not_fit_its_image() {

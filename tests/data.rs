@@ -692,9 +692,13 @@ fn uclm_reads_colours_and_leaves_out_what_was_cropped() {
     assert_eq!(contradicted.file, "OSCU_000.png");
     assert_says(&contradicted.reason, &["malignant", "green"]);
     // Their masks are shapes all the same, at their own size.
-    let (label, own) = source.dropped_mask(0).unwrap().unwrap();
-    assert_eq!((label, own.width, own.height), (Label::Benign, 12, 8));
-    assert_eq!(spots(&own), [(4, 2)]);
+    let own = source.dropped_mask(0).unwrap().unwrap();
+    assert_eq!(
+        (own.label, own.patient.as_deref()),
+        (Label::Benign, Some("HESN"))
+    );
+    assert_eq!((own.mask.width, own.mask.height), (12, 8));
+    assert_eq!(spots(&own.mask), [(4, 2)]);
     assert!(source.dropped_mask(1).unwrap().is_some());
     assert!(source.dropped_mask(2).unwrap().is_none());
 }

@@ -14,7 +14,7 @@ use crate::data::{self, Label, image};
 use crate::error::Result;
 use crate::features::{MaskSums, ShapeFeatures};
 use crate::metrics;
-use crate::metrics::classification::Auc;
+use crate::metrics::classification::{Auc, Case};
 use crate::train::{Report as _, stop};
 
 /// Measure the four BI-RADS-like shape features of ground-truth masks
@@ -22,7 +22,8 @@ use crate::train::{Report as _, stop};
 /// Each mask is letterboxed (centred, zero padding) with antialiased bilinear resampling and kept soft. Area and perimeter are
 /// in pixels of the letterboxed mask. A mask of less than 32 px has no measurable lesion: its features are left empty.
 /// No image is left out: a mask that does not fit its image, unfit for training, is measured at its own size.
-/// Prints how well each feature alone tells malignant from benign (AUC with its DeLong 95% interval).
+/// Prints how well each feature alone tells malignant from benign (AUC with its DeLong 95% interval, clustered by patient
+/// where patients are known).
 #[derive(clap::Args, Debug)]
 pub struct Args {
     #[command(flatten)]
@@ -54,6 +55,9 @@ struct Input {
 struct Row {
     image: String,
     label: Option<Label>,
+    /// Whose it is, if known: not a column.
+    #[serde(skip)]
+    patient: Option<String>,
     area: f64,
     perimeter: f64,
     irregularity: Option<f64>,
@@ -69,6 +73,7 @@ impl Row {
         Self {
             image: image.to_owned(),
             label,
+            patient: None,
             area: sums.moments.area,
             perimeter: sums.perimeter,
             irregularity: features.map(|f| f.irregularity),
@@ -76,6 +81,10 @@ impl Row {
             margin: features.map(|f| f.margin),
             roundness: features.map(|f| f.roundness),
         }
+    }
+
+    fn of_patient(self, patient: Option<String>) -> Self {
+        Self { patient, ..self }
     }
 
     fn features(&self) -> [Option<f64>; 4] {
@@ -160,6 +169,7 @@ fn rows_of_data(spec: &str, size: usize, interrupt: &AtomicBool) -> Result<Vec<R
             stop(interrupt)?;
             let mask = data::soft_mask(&*source, i, size)?;
             let row = Row::new(&case.image, Some(case.label), &mask, size);
+            let row = row.of_patient(case.patient.clone());
             let n = done.fetch_add(1, Ordering::Relaxed) + 1;
             console.progress("measuring", n, cases.len() as u64, "");
             Ok(row)
@@ -168,11 +178,17 @@ fn rows_of_data(spec: &str, size: usize, interrupt: &AtomicBool) -> Result<Vec<R
     let mut rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
     // A shape needs no image that fits it.
     for (k, drop) in source.drops().iter().enumerate() {
-        let Some((label, mask)) = source.dropped_mask(k)? else {
+        let Some(data::Dropped {
+            label,
+            patient,
+            mask,
+        }) = source.dropped_mask(k)?
+        else {
             continue;
         };
         let soft = Letterbox::new(mask.width, mask.height, size).forward(&mask);
-        rows.push(Row::new(&drop.file, Some(label), &soft, size));
+        let row = Row::new(&drop.file, Some(label), &soft, size);
+        rows.push(row.of_patient(patient));
         console.line(&format!(
             "{}: measured all the same: {}, at its mask's own size",
             source.name(),
@@ -195,11 +211,16 @@ fn rows_of_files(files: &[PathBuf], size: usize, interrupt: &AtomicBool) -> Resu
 
 /// How well feature `k` alone tells malignant from benign where it could be measured.
 fn discrimination(rows: &[Row], k: usize) -> Discrimination {
-    let cases: Vec<(f64, bool)> = rows
-        .iter()
-        .filter(|row| row.label.is_some_and(Label::is_lesion))
-        .filter_map(|row| Some((row.features()[k]?, row.label == Some(Label::Malignant))))
-        .collect();
+    let cases = rows.iter().filter_map(|row| {
+        let label = row.label.filter(|label| label.is_lesion())?;
+        Some(Case {
+            score: row.features()[k]?,
+            positive: label == Label::Malignant,
+            patient: row.patient.as_deref(),
+            fold: 0,
+        })
+    });
+    let cases: Vec<Case<'_>> = cases.collect();
     Discrimination {
         feature: ShapeFeatures::NAMES[k],
         n: cases.len(),

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::image::{self, Gray};
-use super::{Case, Drop, Label, Lacks, Source};
+use super::{Case, Drop, Dropped, Label, Lacks, Source};
 use crate::error::{Error, Result};
 
 /// One line of a data set before its files were looked at.
@@ -32,7 +32,7 @@ pub struct Files {
     pub(super) drops: Vec<Drop>,
     pub(super) lacks: Lacks,
     /// What is left of the first drops; later ones have neither label nor mask.
-    dropped: Vec<(Label, Vec<PathBuf>)>,
+    dropped: Vec<Entry>,
     read_mask: ReadMask,
 }
 
@@ -96,7 +96,7 @@ impl Files {
                         file: file_name(&entry.image),
                         reason: flaw.error.to_string(),
                     });
-                    files.dropped.push((entry.label, entry.masks));
+                    files.dropped.push(entry);
                 }
                 Err(flaw) => return Err(flaw.error),
             }
@@ -216,17 +216,21 @@ impl Source for Files {
         self.lacks
     }
 
-    fn dropped_mask(&self, k: usize) -> Result<Option<(Label, Gray)>> {
-        let Some((label, masks)) = self.dropped.get(k) else {
-            return Ok(None);
-        };
-        let Some(first) = masks.first() else {
+    fn dropped_mask(&self, k: usize) -> Result<Option<Dropped>> {
+        let dropped = self.dropped.get(k);
+        let Some((entry, first)) = dropped.and_then(|entry| Some((entry, entry.masks.first()?)))
+        else {
             return Ok(None);
         };
         let first = image::read_mask(first)?;
         // Not `read_mask` of the data set: what it objects to is known.
-        let mask = join(masks, *label, (first.width, first.height), plain_mask);
-        Ok(Some((*label, mask.map_err(|flaw| flaw.error)?)))
+        let extent = (first.width, first.height);
+        let mask = join(&entry.masks, entry.label, extent, plain_mask);
+        Ok(Some(Dropped {
+            label: entry.label,
+            patient: entry.patient.clone(),
+            mask: mask.map_err(|flaw| flaw.error)?,
+        }))
     }
 
     fn image(&self, i: usize) -> Result<Gray> {

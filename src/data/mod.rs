@@ -127,6 +127,17 @@ pub struct Drop {
     pub reason: String,
 }
 
+/// A shape without an image that it fits ([`Source::dropped_mask`]).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// What the case is known to be.
+    pub label: Label,
+    /// The patient, where the data set names one.
+    pub patient: Option<String>,
+    /// The mask at its own size, 0 or 255.
+    pub mask: Gray,
+}
+
 /// What a data set of [`open_to_test`] does without.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lacks {
@@ -152,12 +163,12 @@ pub trait Source: Send + Sync {
         Lacks::default()
     }
 
-    /// Label and mask of the image left out as `drops()[k]`, if the data set has them: unfit to train on
-    /// or to compare with, but a shape that can be measured. The mask is of its own size, 0 or 255.
+    /// What is known of the image left out as `drops()[k]`, if the data set has a mask of it: unfit to train on
+    /// or to compare with, but a shape that can be measured.
     ///
     /// # Errors
     /// [`Error::File`] if it cannot be read.
-    fn dropped_mask(&self, k: usize) -> Result<Option<(Label, Gray)>> {
+    fn dropped_mask(&self, k: usize) -> Result<Option<Dropped>> {
         let _ = k;
         Ok(None)
     }
