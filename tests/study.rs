@@ -145,6 +145,13 @@ impl Watch for Stopper<'_> {
     }
 }
 
+/// The texts of a page or a figure, behind its one style sheet.
+fn texts(markup: &str) -> String {
+    let (_, body) = markup.split_once("</style>").unwrap();
+    let texts = body.split('<').filter_map(|part| part.split_once('>'));
+    texts.map(|(_, text)| text).collect::<Vec<_>>().join(" ")
+}
+
 #[test]
 fn a_study_leaves_what_it_promises() {
     let out = whole();
@@ -258,6 +265,20 @@ fn a_study_leaves_what_it_promises() {
         "ROC on busi-B",
     ] {
         assert!(html.contains(part), "{part}");
+    }
+    // Numbers below 0 have a minus sign, not a hyphen.
+    let figure = fs::read_to_string(out.join("figures/feature-orientation.svg")).unwrap();
+    for markup in [&html, &figure] {
+        let text: Vec<char> = texts(markup).chars().collect();
+        let negative = |sign: char| -> Vec<String> {
+            let at = text.windows(3).enumerate();
+            let at = at
+                .filter(|(_, w)| !w[0].is_alphanumeric() && w[1] == sign && w[2].is_ascii_digit());
+            at.map(|(i, _)| text[i..text.len().min(i + 12)].iter().collect())
+                .collect()
+        };
+        assert!(!negative('−').is_empty());
+        assert!(negative('-').is_empty(), "{:?}", negative('-'));
     }
     let svg = fs::read_to_string(out.join("figures/dice-busi-B.svg")).unwrap();
     assert!(svg.contains("xmlns") && !svg.contains("var("));

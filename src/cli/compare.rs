@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::metrics_table;
+use crate::report::number::{interval, p_value};
 use crate::study::compare::compare;
 
 /// Set runs side by side: settings that differ, results on the same data
@@ -56,8 +57,8 @@ impl Args {
                 if let Some(dice) = &comparison.dice {
                     outln!(
                         "{pair}: Dice {}, Wilcoxon p {}, n {} ({} images)",
-                        difference(dice.difference.mean, dice.difference.ci95),
-                        p_value(dice.wilcoxon.p_value),
+                        interval(Some(dice.difference.mean), dice.difference.ci95),
+                        p_value(Some(dice.wilcoxon.p_value)),
                         dice.difference.clusters,
                         dice.difference.n
                     );
@@ -65,8 +66,8 @@ impl Args {
                 if let Some(auc) = &comparison.auc {
                     outln!(
                         "{pair}: AUC {}, DeLong p {}",
-                        difference(auc.delong.value, auc.ci95),
-                        p_value(auc.delong.p_value)
+                        interval(Some(auc.delong.value), auc.ci95),
+                        p_value(Some(auc.delong.p_value))
                     );
                 }
             }
@@ -75,22 +76,5 @@ impl Args {
             }
         }
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-/// A difference with its interval, each a dash where there is none.
-fn difference(value: f64, ci95: Option<[f64; 2]>) -> String {
-    let signed = |v: f64| match v.is_nan() {
-        true => "–".to_owned(),
-        false => format!("{v:+.3}"),
-    };
-    let [low, high] = ci95.unwrap_or([f64::NAN; 2]).map(signed);
-    format!("{} ({low} to {high})", signed(value))
-}
-
-fn p_value(p: f64) -> String {
-    match p.is_nan() {
-        true => "–".to_owned(),
-        false => format!("{p:.4}"),
     }
 }

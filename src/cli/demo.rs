@@ -12,6 +12,7 @@ use crate::data::phantom::{self, Site};
 use crate::data::{self, Label, Source};
 use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, Mask, PerImage};
+use crate::report::number::{figure, rounded};
 use crate::report::{PREDICTION, Page, Series, TRUTH, curves, overlay};
 use crate::train::config::{Arm, Device};
 use crate::train::evaluate::{EvaluateArgs, evaluate};
@@ -133,7 +134,6 @@ impl Cell {
     }
 
     fn text(&self) -> String {
-        let figure = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.3}"));
         match self.auc {
             None => figure(self.dice),
             auc => format!("{} ({})", figure(self.dice), figure(auc)),
@@ -333,13 +333,12 @@ impl Demo<'_> {
                 let png = image::png_rgb_bytes(picture.width, picture.height, &rgb);
                 let mut row = PerImage::new(source.name(), &cases[i].image, None, cases[i].label);
                 row.compare(&predicted, &truth, None)?;
-                let figure = |v: Option<f64>| v.map_or("–".into(), |v| format!("{v:.2}"));
                 let caption = format!(
                     "site {site}, {}: Dice {}, p {}, φ {}",
                     cases[i].id(),
-                    figure(row.dice),
-                    figure(prediction.p),
-                    figure(prediction.phi)
+                    rounded(row.dice, 2),
+                    rounded(prediction.p, 2),
+                    rounded(prediction.phi, 2)
                 );
                 images.push((png, caption));
             }
@@ -367,14 +366,11 @@ impl Demo<'_> {
             .chain(TARGETS.map(|site| format!("site {site}")))
             .collect();
         let head: Vec<&str> = head.iter().map(String::as_str).collect();
-        let table = |figure: &dyn Fn(&Cell) -> Option<f64>| -> Vec<Vec<String>> {
+        let table = |of: &dyn Fn(&Cell) -> Option<f64>| -> Vec<Vec<String>> {
             rows.iter()
-                .filter(|row| row.cells.iter().any(|cell| figure(cell).is_some()))
+                .filter(|row| row.cells.iter().any(|cell| of(cell).is_some()))
                 .map(|row| {
-                    let cells = row.cells[1..].iter().map(|cell| match figure(cell) {
-                        Some(value) => format!("{value:.3}"),
-                        None => "–".to_owned(),
-                    });
+                    let cells = row.cells[1..].iter().map(|cell| figure(of(cell)));
                     std::iter::once(row.name.clone()).chain(cells).collect()
                 })
                 .collect()

@@ -45,6 +45,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::device::simd::Level;
 use crate::error::Error;
 use crate::metrics::DatasetMetrics;
+use crate::report::number::{figure, rounded};
 
 /// Sides of letterboxed images that are accepted, in pixels.
 const SIZE_RANGE: std::ops::RangeInclusive<i64> = 16..=4096;
@@ -212,7 +213,6 @@ fn metrics_table(rows: &[(&str, &DatasetMetrics)]) -> String {
         "{:<width$}{:>5} {:<17}{:>6} {:<17}{:>6}{:>6}{:>6}\n",
         "data set", "n", "Dice", "HD95", "AUC", "sens", "spec", "FPR"
     );
-    let figure = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.3}"));
     let interval = |value: Option<f64>, ci: Option<[f64; 2]>| match (value, ci) {
         (Some(value), Some([low, high])) => format!("{value:.3} ({low:.2}–{high:.2})"),
         (value, _) => figure(value),
@@ -225,7 +225,7 @@ fn metrics_table(rows: &[(&str, &DatasetMetrics)]) -> String {
             "{name:<width$}{:>5} {:<17}{:>6} {:<17}{:>6}{:>6}{:>6}\n",
             m.n,
             interval(dice.map(|d| d.mean), dice.and_then(|d| d.ci95)),
-            s.map_or("–".into(), |s| format!("{:.1}", s.hd95_px.mean)),
+            rounded(s.map(|s| s.hd95_px.mean), 1),
             interval(auc.map(|a| a.value), auc.and_then(|a| a.ci95)),
             figure(c.and_then(|c| c.sensitivity)),
             figure(c.and_then(|c| c.specificity)),

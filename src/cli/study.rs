@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use super::overview::Overview;
 use super::{SIZE_RANGE, metrics_table};
 use crate::error::{Error, Result};
+use crate::report::number::figure;
 use crate::study::protocol::{ABLATIONS, ARMS, Method, Overlay, Protocol};
 use crate::study::search::{self, CHOICE, GRID, SearchArgs};
 use crate::study::{self, PAGE, StudyArgs};
@@ -292,7 +293,6 @@ impl SearchCommand {
             "AUC",
             "score"
         );
-        let figure = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.3}"));
         for trial in &searched.trials {
             let setting = match trial.key.as_str() {
                 "" => "as given".to_owned(),

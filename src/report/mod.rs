@@ -1,6 +1,7 @@
 //! Self-contained HTML pages: text, tables, curves as SVG, images embedded as PNG. Nothing is
 //! fetched when one is opened, so a page can be mailed or kept.
 
+pub mod number;
 pub mod plot;
 
 use std::fmt::Write as _;

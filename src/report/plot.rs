@@ -3,6 +3,8 @@
 
 use std::fmt::Write as _;
 
+use super::number::fixed;
+
 /// Width of a plot in its own units, about those of a phone's screen.
 const WIDTH: f64 = 420.0;
 /// Height of a plot without its legend.
@@ -142,12 +144,7 @@ impl Axis {
         let ticks = (first..)
             .map(|k| k as f64 * step)
             .take_while(|at| *at <= high + step * 1e-9)
-            .map(|at| {
-                (
-                    at,
-                    format!("{:.decimals$}", if at == 0.0 { 0.0 } else { at }),
-                )
-            })
+            .map(|at| (at, fixed(at, decimals)))
             .take(20)
             .collect();
         Self {
@@ -408,7 +405,10 @@ mod tests {
             axis.ticks.into_iter().map(|(_, text)| text).collect()
         };
         assert_eq!(marks(0.0, 1.0), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
-        assert_eq!(marks(-0.012, 0.021), ["-0.01", "0.00", "0.01", "0.02"]);
+        assert_eq!(
+            marks(-0.012, 0.021),
+            ["\u{2212}0.01", "0.00", "0.01", "0.02"]
+        );
         assert_eq!(marks(1.0, 50.0), ["10", "20", "30", "40", "50"]);
         assert!(!marks(3.0, 3.0).is_empty());
         assert!(Axis::around("", [f64::NAN].into_iter()).is_none());

@@ -17,6 +17,7 @@ use crate::features::ShapeFeatures;
 use crate::metrics::classification::Auc;
 use crate::metrics::statistics::{FEW, Summary, mean, quantile};
 use crate::metrics::{Mask, PerImage, SegmentationMetrics};
+use crate::report::number::{self, ABSENT, figure, fixed, p_value, rounded};
 use crate::report::plot::{Axis, Plot, rgb, standalone};
 use crate::report::{Page, overlay};
 use crate::train::evaluate::make_folder;
@@ -102,38 +103,33 @@ impl Figure {
 /// A heading, what there is to say, and the figures.
 type Section = (&'static str, &'static str, Vec<Figure>);
 
-fn figure(value: Option<f64>) -> String {
-    value.map_or("–".into(), |v| format!("{v:.3}"))
-}
-
 /// A figure with its interval, and a mark where few patients or images are behind that.
-fn interval(value: Option<f64>, ci95: Option<[f64; 2]>, clusters: usize) -> String {
-    let few = if clusters < FEW { " †" } else { "" };
-    match (value, ci95) {
-        (Some(value), Some([low, high])) => format!("{value:.3} ({low:.3} to {high:.3}){few}"),
-        (value, _) => figure(value),
-    }
+pub(super) fn interval(value: Option<f64>, ci95: Option<[f64; 2]>, clusters: usize) -> String {
+    let marked = value.and(ci95).is_some() && clusters < FEW;
+    number::interval(value, ci95) + if marked { " †" } else { "" }
 }
 
 fn summary(summary: Option<&Summary>) -> String {
-    summary.map_or("–".into(), |s| interval(Some(s.mean), s.ci95, s.clusters))
+    summary.map_or(ABSENT.into(), |s| {
+        interval(Some(s.mean), s.ci95, s.clusters)
+    })
 }
 
 fn auc(auc: Option<Auc>) -> String {
-    auc.map_or("–".into(), |auc| {
+    auc.map_or(ABSENT.into(), |auc| {
         interval(Some(auc.value), auc.ci95, auc.clusters)
     })
 }
 
 fn auc_difference(found: Option<&AucComparison>) -> String {
-    found.map_or("–".into(), |found| {
+    found.map_or(ABSENT.into(), |found| {
         let delong = &found.delong;
         interval(Some(delong.value), found.ci95, delong.clusters)
     })
 }
 
 fn estimate(found: Option<Estimate>) -> String {
-    found.map_or("–".into(), |e| {
+    found.map_or(ABSENT.into(), |e| {
         interval(Some(e.value), e.ci95, e.clusters)
     })
 }
@@ -143,14 +139,6 @@ fn counted(images: usize, clusters: usize) -> String {
     match clusters < images {
         true => format!("{clusters} patients, {images} images"),
         false => format!("{images} images"),
-    }
-}
-
-fn p_value(p: Option<f64>) -> String {
-    match p {
-        None => "–".into(),
-        Some(p) if p < 1e-4 => "< 0.0001".into(),
-        Some(p) => format!("{p:.4}"),
     }
 }
 
@@ -330,7 +318,7 @@ impl Material<'_> {
                     let arm = found.arms.get(arm)?;
                     arm.metrics.segmentation.as_ref().map(|s| s.dice)
                 };
-                let what = target(set).map_or("–".to_owned(), |(found, described)| {
+                let what = target(set).map_or(ABSENT.to_owned(), |(found, described)| {
                     let mut parts = described.data.rsplit(['/', '\\', ':']);
                     let last = parts.find(|part| !part.is_empty()).unwrap_or_default();
                     format!("{last} ({} images)", found.n)
@@ -444,7 +432,7 @@ impl Material<'_> {
                 estimate(effect.won_back),
                 effect
                     .share
-                    .map_or("–".into(), |v| format!("{:.0}%", 100.0 * v)),
+                    .map_or(ABSENT.into(), |v| fixed(100.0 * v, 0) + "%"),
             ])
         };
         let rows: Vec<Vec<String>> = self
@@ -936,7 +924,7 @@ impl Material<'_> {
                     figures.push(format!(
                         "{} {}",
                         method.name,
-                        two(same.and_then(|r| r.dice))
+                        rounded(same.and_then(|r| r.dice), 2)
                     ));
                 }
                 let picture = picture(set, i)?;
@@ -949,8 +937,8 @@ impl Material<'_> {
                     cases[i].id(),
                     row.label.map_or("no diagnosis known", Label::as_str),
                     figures.join(", "),
-                    two(row.p),
-                    two(row.phi)
+                    rounded(row.p, 2),
+                    rounded(row.phi, 2)
                 );
                 shown.push((png, caption));
             }
@@ -984,7 +972,7 @@ impl Material<'_> {
                 let [benign, malignant] = match set.lacks.labels {
                     true => [
                         format!("{} undiagnosed", set.cases[0] + set.cases[1]),
-                        "–".to_owned(),
+                        ABSENT.to_owned(),
                     ],
                     false => [benign, malignant],
                 };
@@ -1070,15 +1058,14 @@ impl<'a> Masks<'a> {
 /// The line of a table of masks.
 fn outlining(name: &str, masks: Masks<'_>) -> Option<Vec<String>> {
     let found = masks.found;
-    let one = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.1}"));
     (found.is_some() || masks.false_positives.is_some()).then(|| {
         vec![
             name.to_owned(),
             summary(found.map(|s| &s.dice)),
             figure(found.map(|s| s.dice.median)),
             spread(masks.by_run),
-            one(found.map(|s| s.hd95_px.mean)),
-            one(found.map(|s| s.assd_px.mean)),
+            rounded(found.map(|s| s.hd95_px.mean), 1),
+            rounded(found.map(|s| s.assd_px.mean), 1),
             format!("{} of {}", masks.empty.empty, masks.empty.of),
             figure(masks.false_positives),
         ]
@@ -1101,15 +1088,15 @@ fn diagnosing(method: &Method, arm: &ArmStatistics) -> Option<Vec<String>> {
 }
 
 fn spread(runs: Option<&Spread>) -> String {
-    runs.map_or("–".into(), |runs| match runs.sd {
-        Some(sd) => format!("{:.3} ± {sd:.3}", runs.mean),
-        None => format!("{:.3}", runs.mean),
+    runs.map_or(ABSENT.into(), |runs| match runs.sd {
+        Some(sd) => format!("{} ± {}", fixed(runs.mean, 3), fixed(sd, 3)),
+        None => fixed(runs.mean, 3),
     })
 }
 
 /// Paired differences of runs.
 fn differences(runs: Option<&Spread>) -> String {
-    runs.map_or("–".into(), |runs| {
+    runs.map_or(ABSENT.into(), |runs| {
         format!("{} ({})", spread(Some(runs)), runs.runs.len())
     })
 }
@@ -1117,10 +1104,6 @@ fn differences(runs: Option<&Spread>) -> String {
 /// A share with Wilson's interval, which holds for few images too.
 fn share(value: Option<f64>, ci95: Option<[f64; 2]>) -> String {
     interval(value, ci95, usize::MAX)
-}
-
-fn two(value: Option<f64>) -> String {
-    value.map_or("–".into(), |v| format!("{v:.2}"))
 }
 
 /// Percentiles 5, 25, 50, 75, 95 and the mean.
