@@ -836,6 +836,57 @@ fn an_interrupted_run_goes_on_bit_for_bit() {
     assert!(traces(&parts) == traces(&whole), "the files differ");
 }
 
+#[test]
+fn masks_and_labels_that_changed_are_noticed_before_going_on() {
+    use echograd::data::image::{read_mask, write_png};
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let at = |name: &str| folder.path().join("data").join(name);
+    let out = folder.path().join("run");
+    let stopped = run_until(&out, &settings(&data, &[]), false, 1);
+    assert!(matches!(stopped, Err(Error::Interrupted)));
+    let last = fs::read(out.join("last.safetensors")).unwrap();
+    let refused = |name: &str, bytes: &[u8], expected: &str| {
+        let before = fs::read(at(name)).unwrap();
+        fs::write(at(name), bytes).unwrap();
+        let text = message(run(&out, &[], true));
+        let expected = format!("expected the images that the run began with, found {expected}");
+        assert!(text.ends_with(&expected), "{text}");
+        fs::write(at(name), before).unwrap();
+    };
+    let mut mask = read_mask(&at("masks/05.png")).unwrap();
+    mask.pixels[0] = 255 - mask.pixels[0];
+    let other = folder.path().join("other.png");
+    write_png(&other, &mask).unwrap();
+    let other = fs::read(&other).unwrap();
+    refused("masks/05.png", &other, "05.png with another mask");
+    let labels = fs::read_to_string(at("labels.csv")).unwrap();
+    let relabelled = labels.replace("05.png,benign", "05.png,malignant");
+    refused(
+        "labels.csv",
+        relabelled.as_bytes(),
+        "05.png with another label",
+    );
+    let image = fs::read(at("images/06.png")).unwrap();
+    refused("images/05.png", &image, "05.png with other bytes");
+    assert!(fs::read(out.join("last.safetensors")).unwrap() == last);
+
+    // A manifest of an earlier version does not know them.
+    let path = out.join("manifest.json");
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for part in ["train", "validation"] {
+        for sample in manifest[part].as_array_mut().unwrap() {
+            let sample = sample.as_object_mut().unwrap();
+            assert!(sample.remove("label").is_some() && sample.remove("mask_sha256").is_some());
+            assert_eq!(sample.keys().collect::<Vec<_>>(), ["image", "sha256"]);
+        }
+    }
+    fs::write(&path, manifest.to_string()).unwrap();
+    fs::write(at("masks/05.png"), other).unwrap();
+    run(&out, &[], true).unwrap();
+}
+
 /// Where the child of the next test is told what to do.
 const CHILD: &str = "ECHOGRAD_TEST_RUN";
 

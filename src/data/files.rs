@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::image::{self, Gray};
-use super::{Case, Drop, Dropped, Label, Lacks, Source};
+use super::{Case, Drop, Dropped, Label, Lacks, Source, hex};
 use crate::error::{Error, Result};
 
 /// One line of a data set before its files were looked at.
@@ -166,10 +166,7 @@ fn check(entry: &Entry, read_mask: ReadMask) -> Result<Case, Flaw> {
         pixel_mm: entry.pixel_mm,
         width,
         height,
-        sha256: Sha256::digest(&bytes)
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect(),
+        sha256: hex(&Sha256::digest(&bytes)),
     })
 }
 

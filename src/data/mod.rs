@@ -319,6 +319,11 @@ pub struct Example {
     pub mask: Vec<u8>,
 }
 
+/// Bytes in lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Counts the cases of long work, and may stop it.
 pub type Next<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 

@@ -125,7 +125,10 @@ fn identified(run: &Path, folder: &str, mut rows: Vec<PerImage>) -> Result<Optio
     let images: Vec<Image> = match () {
         () if own.is_file() => read_csv(&own)?,
         // Runs of earlier versions say it of their validation part alone.
-        () if folder == VALIDATION && manifest.is_file() => Manifest::read(&manifest)?.validation,
+        () if folder == VALIDATION && manifest.is_file() => {
+            let validation = Manifest::read(&manifest)?.validation;
+            validation.into_iter().map(|sample| sample.image).collect()
+        }
         () => return Ok(None),
     };
     let hashes: HashMap<&str, &str> = images

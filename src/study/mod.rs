@@ -37,7 +37,7 @@ use sha2::{Digest, Sha256};
 
 use crate::data::image::{is_temporary, write_atomically};
 use crate::data::split::{self, Fold};
-use crate::data::{self, Label, Source};
+use crate::data::{self, Label, Source, hex};
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::metrics::{PerImage, read_csv, write_csv};
@@ -507,8 +507,10 @@ fn untouched(methods: &[Method], sets: &[Opened], watch: &dyn Watch) -> Result<(
                 ));
                 break;
             };
-            let seen = manifest.train.iter().chain(&manifest.validation);
-            let seen: HashSet<&str> = seen.map(|image| image.sha256.as_str()).collect();
+            let seen = manifest
+                .samples()
+                .map(|sample| sample.image.sha256.as_str());
+            let seen: HashSet<&str> = seen.collect();
             for set in sets {
                 let cases = set.source.cases().iter();
                 let mut known = cases.filter(|case| seen.contains(case.sha256.as_str()));
@@ -539,7 +541,7 @@ fn init_hashes(methods: &[Method], before: Option<&Manifest>) -> Result<BTreeMap
         }
         let before = before.and_then(|before| before.init.get(init));
         let hash = match (std::fs::read(init), before) {
-            (Ok(bytes), _) => protocol::hex(&Sha256::digest(bytes)),
+            (Ok(bytes), _) => hex(&Sha256::digest(bytes)),
             // Runs that are finished, or only begun, need it no more; others will miss it.
             (Err(_), Some(before)) => before.clone(),
             (Err(e), None) => return Err(Error::caused(init, "cannot be read", e)),
@@ -770,7 +772,7 @@ fn take_over(
     let held_out: HashSet<&str> = manifest
         .validation
         .iter()
-        .map(|i| i.image.as_str())
+        .map(|sample| sample.image.image.as_str())
         .collect();
     let cases = source.source.cases();
     let mut subset = source.subset.clone();
@@ -785,7 +787,11 @@ fn take_over(
 /// The source's images that a run was not trained on: its held-out part, and those without a lesion.
 fn unseen(source: &Opened, run: &Path) -> Result<Vec<usize>> {
     let manifest = run::Manifest::read(&run.join(run::MANIFEST))?;
-    let seen: HashSet<&str> = manifest.train.iter().map(|i| i.sha256.as_str()).collect();
+    let seen = manifest
+        .train
+        .iter()
+        .map(|sample| sample.image.sha256.as_str());
+    let seen: HashSet<&str> = seen.collect();
     let cases = source.source.cases();
     let mut subset = source.subset.clone();
     subset.retain(|&i| !seen.contains(cases[i].sha256.as_str()));

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use toml::{Table, Value};
 
-use crate::data::{self, Label, Source};
+use crate::data::{self, Label, Source, hex};
 use crate::error::{Error, Result};
 use crate::train::Config;
 use crate::train::config::{Arm, settings};
@@ -520,10 +520,6 @@ impl DataSet {
             false => parts.join("; "),
         })
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Names of data sets in reports: those of their readers; where two would be the same, with the last part of their path,

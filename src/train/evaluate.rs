@@ -61,7 +61,8 @@ pub fn evaluate(
     let (mut subset, _) = select(&*source, args.drop_duplicates, report);
     let before = subset.len();
     if !args.include_training {
-        let seen: HashSet<&str> = manifest.train.iter().map(|i| i.sha256.as_str()).collect();
+        let seen = manifest.train.iter().map(|sample| sample.image.sha256.as_str());
+        let seen: HashSet<&str> = seen.collect();
         subset.retain(|&i| !seen.contains(source.cases()[i].sha256.as_str()));
     }
     let trained_on = before - subset.len();

@@ -1,10 +1,12 @@
 //! The training loop.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -20,7 +22,7 @@ use crate::data::device::Augmenter;
 use crate::data::image::write_atomically;
 use crate::data::loader::{self, Batch, Loader, LoaderConfig, Pool, Request, Target};
 use crate::data::split::{self, Fold};
-use crate::data::{self, Case, Example, Label, Source};
+use crate::data::{self, Case, Example, Label, Source, hex};
 use crate::device::simd::Level;
 use crate::device::{Backend, Session};
 use crate::error::{Error, Result};
@@ -84,14 +86,28 @@ pub struct Manifest {
     /// Images left out, and why.
     pub drops: Vec<data::Drop>,
     /// Images trained on.
-    pub train: Vec<Image>,
+    pub train: Vec<Sample>,
     /// Images that chose the model.
-    pub validation: Vec<Image>,
+    pub validation: Vec<Sample>,
     /// The configuration.
     pub config: Config,
 }
 
-/// An image of a [`Manifest`] or of results.
+/// What a run learned from, or was judged by: an entry of a [`Manifest`].
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Sample {
+    /// The image.
+    #[serde(flatten)]
+    pub image: Image,
+    /// The diagnosis; this and the next absent in files of earlier versions.
+    #[serde(default)]
+    pub label: Option<Label>,
+    /// SHA-256 of the mask's pixels at the image's size, a byte each, 0 or 255.
+    #[serde(default)]
+    pub mask_sha256: Option<String>,
+}
+
+/// An image by its name and its bytes.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Image {
     /// File name.
@@ -109,6 +125,40 @@ impl Manifest {
         let bytes = std::fs::read(path).map_err(|e| Error::caused(path, "cannot be read", e))?;
         serde_json::from_slice(&bytes)
             .map_err(|e| Error::caused(path, "expected a run's manifest", e))
+    }
+
+    /// All that the run has seen, trained on first.
+    pub fn samples(&self) -> impl Iterator<Item = &Sample> {
+        self.train.iter().chain(&self.validation)
+    }
+
+    /// What the samples of `now` are otherwise, in words; `None` if nothing is.
+    fn change(&self, now: &Self) -> Option<String> {
+        let before: HashMap<&str, &Sample> = self
+            .samples()
+            .map(|sample| (sample.image.image.as_str(), sample))
+            .collect();
+        // What is not known cannot have changed.
+        fn other<T: PartialEq>(before: &Option<T>, now: &Option<T>) -> bool {
+            before.is_some() && before != now
+        }
+        let changed = now.samples().find_map(|now| {
+            let before = before.get(now.image.image.as_str())?;
+            let what = match () {
+                () if before.image.sha256 != now.image.sha256 => "other bytes",
+                () if other(&before.label, &now.label) => "another label",
+                () if other(&before.mask_sha256, &now.mask_sha256) => "another mask",
+                () => return None,
+            };
+            Some(format!("{} with {what}", now.image.image))
+        });
+        let names = |part: &[Sample]| -> Vec<String> {
+            part.iter()
+                .map(|sample| sample.image.image.clone())
+                .collect()
+        };
+        let split = |of: &Self| (names(&of.train), names(&of.validation));
+        changed.or_else(|| (split(self) != split(now)).then(|| "others".to_owned()))
     }
 }
 
@@ -313,32 +363,39 @@ impl Data {
         })
     }
 
-    fn manifest(&self, config: &Config, device: &str) -> Manifest {
+    /// # Errors
+    /// [`Error::File`] for a mask that cannot be read.
+    fn manifest(&self, config: &Config, device: &str) -> Result<Manifest> {
         let cases = self.source.cases();
         let mut hash = Sha256::new();
         cases.iter().for_each(|case| hash.update(&case.sha256));
-        let hash = hash.finalize();
-        let images = |part: &[usize]| -> Vec<Image> {
-            part.iter()
-                .map(|&i| Image {
+        let sample = |&i: &usize| -> Result<Sample> {
+            Ok(Sample {
+                image: Image {
                     image: cases[i].image.clone(),
                     sha256: cases[i].sha256.clone(),
-                })
-                .collect()
+                },
+                label: Some(cases[i].label),
+                mask_sha256: Some(hex(&Sha256::digest(self.source.mask(i)?.pixels))),
+            })
         };
-        Manifest {
+        let samples = |part: &[usize]| -> Result<Vec<Sample>> {
+            let samples: Vec<_> = part.par_iter().map(sample).collect();
+            samples.into_iter().collect()
+        };
+        Ok(Manifest {
             program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
             device: device.to_owned(),
             instruction_set: Level::current().name().into(),
             seed: config.seed,
             dataset: self.source.name().to_owned(),
-            dataset_sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
+            dataset_sha256: hex(&hash.finalize()),
             cases: Label::ALL.map(|l| cases.iter().filter(|case| case.label == l).count()),
             drops: self.drops.clone(),
-            train: images(&self.fold.train),
-            validation: images(&self.fold.validation),
+            train: samples(&self.fold.train)?,
+            validation: samples(&self.fold.validation)?,
             config: config.clone(),
-        }
+        })
     }
 
     /// A part of the images, as the loader wants them.
@@ -550,15 +607,16 @@ impl<'a> Run<'a> {
     }
 
     fn begin(&mut self) -> Result<()> {
+        let manifest = self.data.manifest(&self.config, &self.device)?;
         make_folder(self.out)?;
         // First: a folder with a configuration is one that can be resumed.
         write_atomically(&self.out.join(CONFIG), self.config.to_toml().as_bytes())?;
-        self.write_manifest()
+        self.write_manifest(&manifest)
     }
 
-    fn write_manifest(&self) -> Result<()> {
+    fn write_manifest(&self, manifest: &Manifest) -> Result<()> {
         let path = self.out.join(MANIFEST);
-        let mut json = serde_json::to_vec_pretty(&self.data.manifest(&self.config, &self.device))
+        let mut json = serde_json::to_vec_pretty(manifest)
             .map_err(|e| Error::caused(&path, "cannot be written as JSON", e))?;
         json.push(b'\n');
         write_atomically(&path, &json)
@@ -566,13 +624,13 @@ impl<'a> Run<'a> {
 
     /// Takes up the last checkpoint; a run that was stopped before its first one begins anew.
     fn resume(&mut self) -> Result<()> {
+        let now = self.data.manifest(&self.config, &self.device)?;
         if !self.out.join(MANIFEST).is_file() {
-            self.write_manifest()?;
+            self.write_manifest(&now)?;
         }
         let manifest = Manifest::read(&self.out.join(MANIFEST))?;
-        let now = self.data.manifest(&self.config, &self.device);
-        if (&manifest.train, &manifest.validation) != (&now.train, &now.validation) {
-            let problem = "expected the images that the run began with, found others";
+        if let Some(change) = manifest.change(&now) {
+            let problem = format!("expected the images that the run began with, found {change}");
             return Err(Error::argument(&self.config.data, problem));
         }
         if self.config.data != manifest.config.data {
