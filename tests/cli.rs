@@ -1133,6 +1133,66 @@ fn predictions_are_drawn_at_the_images_size() {
 }
 
 #[test]
+fn runs_named_one_after_the_other_are_averaged() {
+    let root = copy();
+    let at = root.path();
+    done(at, &train_args("other", "1", &["--fold", "1"]));
+    let evaluate = [
+        "evaluate",
+        "run",
+        "other",
+        "--data",
+        "folder:data",
+        "--out",
+        "out",
+    ];
+    done(at, &[&evaluate[..], &["--include-training"]].concat());
+    let (header, rows) = header_and_rows(&at.join("out/per_image.csv"));
+    assert!(
+        header.ends_with(",roundness,p_sd,mask_agreement"),
+        "{header}"
+    );
+    assert!(
+        rows.iter()
+            .all(|row| row[18].parse::<f64>().is_ok() && row[19].parse::<f64>().is_ok())
+    );
+    let output = output(at, &evaluate);
+    let known = "images of folder:data: the runs were trained on them";
+    assert!(
+        text(&output.stderr).contains(known),
+        "{}",
+        text(&output.stderr)
+    );
+    let images = ["data/images/00.png", "data/images/01.png"];
+    let predict = [
+        "predict", "run", "other", images[0], images[1], "--out", "o",
+    ];
+    let shown = done(at, &predict);
+    assert!(
+        shown
+            .lines()
+            .next()
+            .unwrap()
+            .ends_with("phi    p sd   agree"),
+        "{shown}"
+    );
+    assert_eq!(shown.lines().count(), 3);
+    let file: Value =
+        serde_json::from_slice(&fs::read(at.join("o/predictions.json")).unwrap()).unwrap();
+    assert!(file[1]["p_sd"].is_number() && file[1]["mask_agreement"].is_number());
+    fails(
+        at,
+        &["predict", "run", "other", "--out", "p"],
+        &["FILE: expected image files, found none"],
+    );
+    fails(
+        at,
+        &["predict", "run", "data", images[0], "--out", "p"],
+        &["data: expected the folder of a run"],
+    );
+}
+
+#[test]
 fn phantoms_lie_as_busi_does() {
     let folder = TempDir::new().unwrap();
     let at = folder.path();

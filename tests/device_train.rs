@@ -597,7 +597,7 @@ fn a_run_on_a_device_is_repeatable_resumable_and_goes_on_anywhere() {
     let probabilities = |device| {
         let out = at("evaluation");
         let args = EvaluateArgs {
-            run: &at("whole"),
+            runs: &[at("whole")],
             data: &data,
             out: &out,
             drop_duplicates: false,

@@ -486,7 +486,7 @@ fn methods_that_differ_only_in_how_they_are_tested_share_their_networks() {
     // It is a run like any other.
     let results = folder.path().join("results");
     let args = EvaluateArgs {
-        run: &other,
+        runs: std::slice::from_ref(&other),
         data: &data()[1],
         out: &results,
         drop_duplicates: false,

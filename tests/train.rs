@@ -997,7 +997,7 @@ fn every_arm_trains_evaluates_and_predicts() {
         // The images that the run was trained on are left out: 4 of 12 lesions and 2 normals stay.
         let results = out.join("evaluation");
         let args = EvaluateArgs {
-            run: &out,
+            runs: std::slice::from_ref(&out),
             data: &data,
             out: &results,
             drop_duplicates: false,
@@ -1030,7 +1030,7 @@ fn every_arm_trains_evaluates_and_predicts() {
         let files = [folder.path().join("data/images/00.png")];
         let out = out.join("predictions");
         let args = PredictArgs {
-            run: &folder.path().join(arm),
+            runs: &[folder.path().join(arm)],
             files: &files,
             out: &out,
             device: Device::Cpu,
@@ -1133,6 +1133,109 @@ fn flips_and_ensembles_average_before_the_threshold() {
     assert!(refused(&[]).contains("expected a run, found none"));
     let text = refused(&[&a, &flip]);
     assert!(text.contains("flip: expected test_flip = false"), "{text}");
+}
+
+#[test]
+fn several_runs_are_tested_as_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = data(&folder.path().join("data"));
+    let make = |name: &str, more: &[(&str, &str)]| -> PathBuf {
+        let out = folder.path().join(name);
+        let more = [&[("epochs", "2")], more].concat();
+        run(&out, &settings(&data, &more), false).unwrap();
+        out
+    };
+    let runs = [make("a", &[]), make("b", &[("fold", "1"), ("seed", "1")])];
+    let no = AtomicBool::new(false);
+    let test = |runs: &[PathBuf], name: &str, include_training: bool| {
+        let args = EvaluateArgs {
+            runs,
+            data: &data,
+            out: &folder.path().join(name),
+            drop_duplicates: false,
+            include_training,
+            device: Device::Cpu,
+        };
+        evaluate(&args, &(), &no)
+    };
+    let both = test(&runs, "both", true).unwrap().rows;
+    let alone = runs.each_ref().map(|run| {
+        let name = format!("{}-alone", run.display());
+        test(std::slice::from_ref(run), &name, true).unwrap().rows
+    });
+    for ((both, a), b) in both.iter().zip(&alone[0]).zip(&alone[1]) {
+        let (p, q) = (a.p.unwrap(), b.p.unwrap());
+        assert_eq!(both.p, Some((p + q) / 2.0));
+        let sd = (p - q).abs() / f64::sqrt(2.0);
+        assert!((both.disagreement.p_sd.unwrap() - sd).abs() < 1e-12);
+        assert!(a.disagreement.is_none() && b.disagreement.is_none());
+    }
+    // Apart they are told of in the file of both, and in no other.
+    let header = |of: &Path| {
+        let text = fs::read_to_string(of.join("per_image.csv")).unwrap();
+        text.lines().next().unwrap().to_owned()
+    };
+    let of_one = header(&folder.path().join("a-alone"));
+    assert!(of_one.ends_with(",margin,roundness"));
+    assert_eq!(
+        header(&folder.path().join("both")),
+        of_one + ",p_sd,mask_agreement"
+    );
+    // Each lesion is one that a run was trained on; the two normals are not.
+    let unseen = test(&runs, "unseen", false).unwrap();
+    assert_eq!((unseen.trained_on, unseen.rows.len()), (12, 2));
+
+    let files = [folder.path().join("data/images/00.png")];
+    let look = |runs: &[PathBuf], name: &str| {
+        let out = folder.path().join(name);
+        let args = PredictArgs {
+            runs,
+            files: &files,
+            out: &out,
+            device: Device::Cpu,
+        };
+        let found = predict(&args, &(), &no).unwrap().remove(0);
+        let text = fs::read(out.join("predictions.json")).unwrap();
+        (
+            found,
+            serde_json::from_slice::<serde_json::Value>(&text).unwrap()[0].clone(),
+        )
+    };
+    let (found, file) = look(&runs, "predictions");
+    assert_eq!(
+        (found.p, found.disagreement),
+        (both[0].p, both[0].disagreement)
+    );
+    assert_eq!(file["p_sd"].as_f64(), both[0].disagreement.p_sd);
+    assert_eq!(
+        file["mask_agreement"].as_f64(),
+        both[0].disagreement.mask_agreement
+    );
+    let (_, file) = look(&runs[..1], "prediction");
+    let keys = file.as_object().unwrap();
+    assert!(keys.len() == 10 && !keys.contains_key("p_sd"), "{file}");
+
+    let refused = |other: PathBuf, expected: &str| {
+        let text = message(test(&[runs[0].clone(), other], "refused", true));
+        assert!(text.contains(expected), "{text}");
+    };
+    refused(
+        make("large", &[("size", "32")]),
+        "large: expected size = 16, as ",
+    );
+    refused(
+        make("mask", &[("arm", "segmentation")]),
+        "mask: expected arm = \"consistency\", as ",
+    );
+    refused(
+        runs[0].join("../a"),
+        "expected runs that differ, found this one twice",
+    );
+    refused(
+        folder.path().join("data"),
+        "expected the folder of a run, found no config.toml in it",
+    );
+    assert!(!folder.path().join("refused").exists());
 }
 
 #[test]

@@ -283,7 +283,7 @@ impl Demo<'_> {
         for site in TARGETS {
             let out = self.out.join("results").join(&name).join(site.to_string());
             let args = EvaluateArgs {
-                run: &run,
+                runs: std::slice::from_ref(&run),
                 data: &self.spec(site),
                 out: &out,
                 drop_duplicates: false,
@@ -316,7 +316,7 @@ impl Demo<'_> {
             let files: Vec<PathBuf> = shown.iter().map(file).collect();
             let out = self.out.join("overlays").join(site.to_string());
             let args = PredictArgs {
-                run: &run,
+                runs: std::slice::from_ref(&run),
                 files: &files,
                 out: &out,
                 device: Device::Cpu,

@@ -13,12 +13,13 @@ use crate::train::evaluate::{self, EvaluateArgs};
 ///
 /// Masks are compared at every image's original resolution, threshold 0.5. Images that the run was trained on are recognised by
 /// their bytes and left out. With test_flip = true in RUN/config.toml every image is shown with its mirror image, and what is said of
-/// both averaged. Writes DIR/metrics.json, per_image.csv and images.csv, the SHA-256 of every image.
+/// both averaged. Several runs are averaged too, masks and probabilities before the threshold. Writes DIR/metrics.json,
+/// per_image.csv (of several runs with how far they are apart: p_sd, mask_agreement) and images.csv, the SHA-256 of every image.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The run's folder
-    #[arg(value_name = "RUN")]
-    run: PathBuf,
+    /// The run's folder; several, of one arm and size, are averaged
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
     /// Data set to test on
     #[arg(long, value_name = "NAME:PATH", visible_alias = "target")]
     data: String,
@@ -31,7 +32,7 @@ pub struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Count images that the run was trained on too
+    /// Count images that a run was trained on too
     #[arg(long)]
     include_training: bool,
     /// Print metrics.json
@@ -46,7 +47,7 @@ impl Args {
     /// As [`evaluate::evaluate`].
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let args = EvaluateArgs {
-            run: &self.run,
+            runs: &self.runs,
             data: &self.data,
             out: &self.out,
             drop_duplicates: self.drop_duplicates,

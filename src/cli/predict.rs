@@ -4,19 +4,23 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::progress::Console;
+use crate::metrics::Disagreement;
+use crate::report::number::{figure, rounded};
 use crate::train::config::Device;
 use crate::train::predict::{self, PredictArgs};
 
 /// Outline and classify the lesion in images of your own
 ///
 /// Writes STEM_mask.png and STEM_overlay.png at the image's size for every image, and predictions.json with the probability of
-/// malignancy p, the prior φ and the four shape features. Research software: not for decisions about patients.
+/// malignancy p, the prior φ and the four shape features. Folders before the first file are further runs, averaged with the
+/// first, masks and probabilities before the threshold; predictions.json then says too how far they are apart: p_sd and
+/// mask_agreement. Research software: not for decisions about patients.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The run's folder
     #[arg(value_name = "RUN")]
     run: PathBuf,
-    /// Image files (PNG, JPEG, BMP, TIFF)
+    /// Image files (PNG, JPEG, BMP, TIFF), before them perhaps folders of further runs
     #[arg(value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
     /// Folder for the results
@@ -36,9 +40,12 @@ impl Args {
     /// # Errors
     /// As [`predict::predict`].
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        let folders = self.files.iter().take_while(|path| path.is_dir());
+        let (others, files) = self.files.split_at(folders.count());
+        let runs = [std::slice::from_ref(&self.run), others].concat();
         let args = PredictArgs {
-            run: &self.run,
-            files: &self.files,
+            runs: &runs,
+            files,
             out: &self.out,
             device: self.device,
         };
@@ -47,17 +54,31 @@ impl Args {
             super::print_json(&predictions)?;
             return Ok(ExitCode::SUCCESS);
         }
-        outln!("{:<40} {:>9} {:>7} {:>7}", "image", "area px", "p", "phi");
+        let several = runs.len() > 1;
+        let apart = |[p, masks]: [&str; 2]| match several {
+            true => format!(" {p:>7} {masks:>7}"),
+            false => String::new(),
+        };
+        let head = apart(["p sd", "agree"]);
+        outln!(
+            "{:<40} {:>9} {:>7} {:>7}{head}",
+            "image",
+            "area px",
+            "p",
+            "phi"
+        );
         for prediction in &predictions {
-            let figure = |value: Option<f64>| value.map_or("–".into(), |v| format!("{v:.3}"));
-            let area = prediction
-                .area_px
-                .map_or("–".into(), |area| area.to_string());
+            let Disagreement {
+                p_sd,
+                mask_agreement,
+            } = prediction.disagreement;
             outln!(
-                "{:<40} {area:>9} {:>7} {:>7}",
+                "{:<40} {:>9} {:>7} {:>7}{}",
                 prediction.image.display().to_string(),
+                rounded(prediction.area_px.map(|area| area as f64), 0),
                 figure(prediction.p),
-                figure(prediction.phi)
+                figure(prediction.phi),
+                apart([&figure(p_sd), &figure(mask_agreement)])
             );
         }
         Ok(ExitCode::SUCCESS)

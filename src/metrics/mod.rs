@@ -82,7 +82,7 @@ pub struct PerImage {
     /// Number of pixels predicted where there is no lesion; absent with a lesion. Not a column of the file.
     #[serde(skip)]
     pub false_positive_area: Option<usize>,
-    /// How far the networks of an ensemble are apart. Not columns of the file.
+    /// How far the networks of an ensemble are apart. Columns of an ensemble's file alone, behind the others.
     #[serde(skip)]
     pub disagreement: Disagreement,
 }
@@ -94,6 +94,13 @@ pub struct Disagreement {
     pub p_sd: Option<f64>,
     /// Mean Dice coefficient of each two of their masks, at the networks' resolution; two empty masks agree.
     pub mask_agreement: Option<f64>,
+}
+
+impl Disagreement {
+    /// Whether there is nothing that could disagree.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl PerImage {

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{DatasetMetrics, PerImage, read_csv};
 use crate::train::Config;
 use crate::train::evaluate::IMAGES;
-use crate::train::model::CONFIG;
+use crate::train::model::distinct;
 use crate::train::run::{Image, MANIFEST, Manifest, VALIDATION};
 
 /// The file that makes a folder one of results.
@@ -51,22 +51,10 @@ pub fn compare(runs: &[PathBuf]) -> Result<Compared> {
     }
     let mut configs = Vec::new();
     for run in runs {
-        let path = run.join(CONFIG);
-        if !path.is_file() {
-            let problem = "expected the folder of a run, found no config.toml in it";
-            return Err(Error::file(run, problem));
-        }
-        configs.push(Config::load(Some(&path), &[])?);
+        configs.push(Config::of_run(run)?);
     }
     let names: Vec<String> = runs.iter().map(|run| run.display().to_string()).collect();
-    let mut places = BTreeSet::new();
-    for run in runs {
-        let place = run.canonicalize();
-        if !places.insert(place.map_err(|e| Error::caused(run, "cannot be read", e))?) {
-            let problem = "expected runs that differ, found this one twice";
-            return Err(Error::argument(run.display().to_string(), problem));
-        }
-    }
+    distinct(runs)?;
     let mut folders = BTreeSet::new();
     for run in runs {
         folders.extend(results_in(run)?);

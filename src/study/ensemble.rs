@@ -70,7 +70,6 @@ pub(super) fn all(
             models: runs.len(),
         };
         let runs_at: Vec<PathBuf> = runs.iter().map(|run| run.folder(out)).collect();
-        let runs_at: Vec<&Path> = runs_at.iter().map(PathBuf::as_path).collect();
         let own = folder(out, &method.name);
         let mut model = None;
         for (set, opened) in sets.iter().enumerate().skip(1) {

@@ -1,7 +1,7 @@
-//! A run's best network against a data set, at every image's own resolution.
+//! A run's best network, or those of several together, against a data set, at every image's own resolution.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::config::Device;
@@ -20,15 +20,15 @@ pub(crate) const RESULTS: &str = "metrics.json";
 /// What to evaluate.
 #[derive(Clone, Copy, Debug)]
 pub struct EvaluateArgs<'a> {
-    /// The run's folder.
-    pub run: &'a Path,
+    /// The run's folder; of several, the networks are averaged ([`Model::ensemble`]).
+    pub runs: &'a [PathBuf],
     /// The data set, `NAME:PATH`.
     pub data: &'a str,
     /// Folder for `metrics.json`, `per_image.csv` and `images.csv`.
     pub out: &'a Path,
     /// Leave out all but one of identical images.
     pub drop_duplicates: bool,
-    /// Count images that the run was trained on as well.
+    /// Count images that a run was trained on as well.
     pub include_training: bool,
     /// Where to compute.
     pub device: Device,
@@ -41,35 +41,44 @@ pub struct Evaluated {
     pub metrics: DatasetMetrics,
     /// Rows, as in `per_image.csv`.
     pub rows: Vec<PerImage>,
-    /// Images left out because the run was trained on them: the same bytes, whatever their name.
+    /// Images left out because a run was trained on them: the same bytes, whatever their name.
     pub trained_on: usize,
 }
 
 /// Evaluates, and writes `metrics.json`, `per_image.csv` and, with the SHA-256 of every image, `images.csv`.
 ///
 /// # Errors
-/// [`Error::File`] if the run, the data or the results cannot be read or written;
-/// [`Error::Argument`] if no image is left; [`Error::Device`] as [`Model::open`]; [`Error::Interrupted`].
+/// [`Error::File`] if a run, the data or the results cannot be read or written;
+/// [`Error::Argument`] if no image is left; as [`Model::ensemble`]; [`Error::Interrupted`].
 pub fn evaluate(
     args: &EvaluateArgs<'_>,
     report: &dyn Report,
     interrupt: &AtomicBool,
 ) -> Result<Evaluated> {
-    let mut model = Model::open(args.run, args.device, usize::MAX)?;
-    let manifest = Manifest::read(&args.run.join(MANIFEST))?;
+    let mut model = Model::ensemble(args.runs, args.device, usize::MAX)?;
+    let manifests = args
+        .runs
+        .iter()
+        .map(|run| Manifest::read(&run.join(MANIFEST)));
+    let manifests = manifests.collect::<Result<Vec<_>>>()?;
     let source = data::open_to_test(args.data)?;
     let (mut subset, _) = select(&*source, args.drop_duplicates, report);
     let before = subset.len();
     if !args.include_training {
-        let seen = manifest.train.iter().map(|sample| sample.image.sha256.as_str());
-        let seen: HashSet<&str> = seen.collect();
+        let seen = manifests.iter().flat_map(|manifest| &manifest.train);
+        let seen: HashSet<&str> = seen.map(|sample| sample.image.sha256.as_str()).collect();
         subset.retain(|&i| !seen.contains(source.cases()[i].sha256.as_str()));
     }
     let trained_on = before - subset.len();
     if trained_on > 0 {
         report.line(&format!(
-            "left out {trained_on} of {before} images of {}: the run was trained on them",
-            args.data
+            "left out {trained_on} of {before} images of {}: the {} trained on them",
+            args.data,
+            if args.runs.len() > 1 {
+                "runs were"
+            } else {
+                "run was"
+            }
         ));
     }
     if subset.is_empty() {
@@ -130,7 +139,7 @@ pub(crate) fn examine(
 }
 
 /// Writes `metrics.json`, `per_image.csv` and `images.csv` into `out`, a folder that exists; `cases` are those that the
-/// rows are of, and perhaps more.
+/// rows are of, and perhaps more. The rows of an ensemble have its [`crate::metrics::Disagreement`] as last columns.
 pub(crate) fn write(
     out: &Path,
     name: &str,
@@ -148,7 +157,14 @@ pub(crate) fn write(
     };
     let images: Vec<Image> = rows.iter().map(image).collect();
     write_csv(&out.join(IMAGES), &images)?;
-    write_csv(&out.join("per_image.csv"), rows)?;
+    let path = out.join("per_image.csv");
+    match rows.iter().all(|row| row.disagreement.is_none()) {
+        true => write_csv(&path, rows)?,
+        false => {
+            let apart = rows.iter().map(|row| (row, row.disagreement));
+            write_csv(&path, &apart.collect::<Vec<_>>())?;
+        }
+    }
     let datasets = BTreeMap::from([(name.to_owned(), metrics.clone())]);
     write_json(&out.join(RESULTS), &datasets)?;
     Ok(metrics)

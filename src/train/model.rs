@@ -1,6 +1,7 @@
 //! Trained networks, ready to look at images.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::path::Path;
 
 use rayon::prelude::*;
@@ -165,10 +166,11 @@ impl Model {
     /// for it than one does.
     ///
     /// # Errors
-    /// As [`Model::open`]; [`Error::Argument`] without runs, or for runs of which not all say the same things of the
-    /// same images.
-    pub fn ensemble(runs: &[&Path], device: Device, images: usize) -> Result<Self> {
-        let Some((first, others)) = runs.split_first() else {
+    /// As [`Model::open`]; [`Error::Argument`] without runs, or for one given twice; [`Error::File`] for a run that says
+    /// other things of an image than the first does.
+    pub fn ensemble(runs: &[impl AsRef<Path>], device: Device, images: usize) -> Result<Self> {
+        let runs: Vec<&Path> = runs.iter().map(AsRef::as_ref).collect();
+        let Some((&first, others)) = runs.split_first() else {
             return Err(Error::argument("RUN", "expected a run, found none"));
         };
         let config = Config::of_run(first)?;
@@ -181,6 +183,7 @@ impl Model {
                 return Err(Error::file(other, problem));
             }
         }
+        distinct(&runs)?;
         let backend = config.backend(device)?;
         let batch = config.batch.min(images) / runs.len();
         let mut model = Self::new(config, batch.max(1), &backend)?;
@@ -327,6 +330,22 @@ impl Model {
         }
         Ok(results)
     }
+}
+
+/// Refuses folders of which two are the same, by whatever names.
+///
+/// # Errors
+/// [`Error::Argument`] naming the second; [`Error::File`] for one that is not there.
+pub(crate) fn distinct(runs: &[impl AsRef<Path>]) -> Result<()> {
+    let mut places = HashSet::new();
+    for run in runs.iter().map(AsRef::as_ref) {
+        let place = run.canonicalize();
+        if !places.insert(place.map_err(|e| Error::caused(run, "cannot be read", e))?) {
+            let problem = "expected runs that differ, found this one twice";
+            return Err(Error::argument(run.display().to_string(), problem));
+        }
+    }
+    Ok(())
 }
 
 /// What a network that has run says of its first `images` images.

@@ -1,4 +1,4 @@
-//! A run's best network on images of one's own.
+//! A run's best network, or those of several together, on images of one's own.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,14 @@ use super::{Model, Report, stop};
 use crate::data::image::{self, Gray};
 use crate::data::letterbox::{Letterbox, quantise};
 use crate::error::{Error, Result};
+use crate::metrics::Disagreement;
 use crate::report::{PREDICTION, overlay};
 
 /// What to predict.
 #[derive(Clone, Copy, Debug)]
 pub struct PredictArgs<'a> {
-    /// The run's folder.
-    pub run: &'a Path,
+    /// The run's folder; of several, the networks are averaged ([`Model::ensemble`]).
+    pub runs: &'a [PathBuf],
     /// Image files.
     pub files: &'a [PathBuf],
     /// Folder for the results.
@@ -51,6 +52,9 @@ pub struct Prediction {
     pub margin: Option<f64>,
     /// Roundness of the soft mask.
     pub roundness: Option<f64>,
+    /// How far several networks are apart; not in the file for one.
+    #[serde(flatten, skip_serializing_if = "Disagreement::is_none")]
+    pub disagreement: Disagreement,
 }
 
 /// Predicts, and writes `STEM_mask.png`, `STEM_overlay.png` and `predictions.json`.
@@ -58,8 +62,8 @@ pub struct Prediction {
 /// # Errors
 /// [`Error::Argument`] if there are no files, two of one stem, whose results would overwrite each other,
 /// or `out` is a folder that holds one of them, where data sets keep true masks under the names that
-/// the results would have; [`Error::File`] if the run, an image or the results cannot be read or written;
-/// [`Error::Device`] as [`Model::open`]; [`Error::Interrupted`].
+/// the results would have; [`Error::File`] if a run, an image or the results cannot be read or written;
+/// as [`Model::ensemble`]; [`Error::Interrupted`].
 pub fn predict(
     args: &PredictArgs<'_>,
     report: &dyn Report,
@@ -67,7 +71,7 @@ pub fn predict(
 ) -> Result<Vec<Prediction>> {
     let stems = stems(args.files)?;
     apart(args.files, args.out)?;
-    let mut model = Model::open(args.run, args.device, args.files.len())?;
+    let mut model = Model::ensemble(args.runs, args.device, args.files.len())?;
     let size = model.config().size;
     // An image that cannot be read should stop the work before results of others are replaced.
     let readable: Vec<Result<()>> = args
@@ -99,6 +103,7 @@ pub fn predict(
             orientation: finding.features.map(|f| f.orientation),
             margin: finding.features.map(|f| f.margin),
             roundness: finding.features.map(|f| f.roundness),
+            disagreement: finding.disagreement,
         };
         if let Some(mask) = finding.mask {
             let (width, height) = (image.width, image.height);
