@@ -500,6 +500,20 @@ fn a_setting_that_cannot_be_is_named() {
     let config = root.path().join("my.toml");
     fs::write(&config, "[optimizer]\nlearning_rate = = 1\n").unwrap();
     fails(&["--config", "my.toml"], &["my.toml: expected TOML"]);
+    fs::write(&config, "seed = 7\n").unwrap();
+    for command in ["study", "search"] {
+        let mut args = vec![command, "--source", "folder:data", "--out", "new"];
+        let given = [&args[..], &["--target", "busi:x"]].concat();
+        args = if command == "study" { given } else { args };
+        let why = "found one that each has its own of; use --seed and --seeds";
+        for (more, what) in [
+            (["--config", "my.toml"], "my.toml: seed: "),
+            (["--set", "seed=7"], "error: seed: "),
+        ] {
+            let args = [&args[..], &more].concat();
+            self::fails(root.path(), &args, &[what, why]);
+        }
+    }
     fs::write(&config, "[augment]\np_flap = 0.5\n").unwrap();
     fails(
         &["--config", "my.toml"],

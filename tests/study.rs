@@ -79,7 +79,12 @@ const ARMS: [&str; 4] = ["segmentation", "classification", "multitask", "consist
 
 fn run(plan: Option<&Protocol>, out: &Path, resume: bool) -> echograd::Result<Studied> {
     study(
-        &StudyArgs { plan, out, resume },
+        &StudyArgs {
+            plan,
+            out,
+            resume,
+            device: None,
+        },
         &(),
         &AtomicBool::new(false),
     )
@@ -143,6 +148,31 @@ impl Watch for Stopper<'_> {
             self.interrupt.store(true, Ordering::SeqCst);
         }
     }
+}
+
+/// Remembers what is said.
+#[derive(Default)]
+struct Lines(Mutex<Vec<String>>);
+
+impl Report for Lines {
+    fn line(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+impl Watch for Lines {}
+
+/// A study, and what was said about it.
+fn told(plan: Option<&Protocol>, out: &Path, device: Option<Device>) -> (Studied, Vec<String>) {
+    let lines = Lines::default();
+    let args = StudyArgs {
+        plan,
+        out,
+        resume: out.exists(),
+        device,
+    };
+    let studied = study(&args, &lines, &AtomicBool::new(false)).unwrap();
+    (studied, lines.0.into_inner().unwrap())
 }
 
 /// The texts of a page or a figure, behind its one style sheet.
@@ -454,7 +484,12 @@ fn methods_that_differ_only_in_how_they_are_tested_share_their_networks() {
     first.methods.push(overlay.method("multitask").unwrap());
     let go = |plan: Option<&Protocol>, resume: bool| {
         let (trained, out) = (Trained::default(), &out);
-        let args = StudyArgs { plan, out, resume };
+        let args = StudyArgs {
+            plan,
+            out,
+            resume,
+            device: None,
+        };
         let studied = study(&args, &trained, &AtomicBool::new(false));
         studied.map(|studied| (studied, trained.0.into_inner().unwrap()))
     };
@@ -539,6 +574,7 @@ fn a_stopped_study_goes_on_to_the_same_bytes() {
             plan: (call == 0).then_some(&plan),
             out: &out,
             resume: call > 0,
+            device: None,
         };
         assert!(matches!(
             study(&args, &stopper, &interrupt),
@@ -821,6 +857,7 @@ fn a_search_goes_on_and_its_choice_is_what_a_study_takes() {
         grid: &grid,
         out: &out,
         resume,
+        device: None,
     };
     let interrupt = AtomicBool::new(false);
     let stopper = Stopper {
@@ -1035,6 +1072,7 @@ fn a_target_that_cannot_be_read_costs_no_more_than_itself() {
         plan: Some(&plan),
         out: &out,
         resume: false,
+        device: None,
     };
     let vandal = Vandal(image.clone());
     let studied = study(&args, &vandal, &AtomicBool::new(false)).unwrap();
@@ -1080,6 +1118,290 @@ fn a_target_that_cannot_be_read_costs_no_more_than_itself() {
 }
 
 #[test]
+fn what_a_study_went_on_with_is_told_and_remembered() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    // Both have patients of the names p0 to p5, or some of them.
+    let source = blobs(&path("source"), 0, 12, two_classes);
+    let target = blobs(&path("target"), 1, 6, two_classes);
+    let plan = plan_of(&source, &[&target], &["segmentation"], &[("epochs", "1")]);
+    let out = path("out");
+    let (_, lines) = told(Some(&plan), &out, None);
+    let shared = format!(
+        "3 patients of {target} have names of the source's, \"p0\" first; if they are the same people, leave them out"
+    );
+    assert!(lines.contains(&shared), "{lines:?}");
+    let resumed = |lines: &[String]| -> Vec<String> {
+        let of = lines.iter().filter(|line| line.starts_with("resumed by"));
+        of.cloned().collect()
+    };
+    assert!(resumed(&lines).is_empty());
+    let manifest = || json(&out.join("manifest.json"));
+    let now = manifest();
+    assert_eq!(
+        (&now["device"], &now["resumed"]),
+        (&"cpu".into(), &serde_json::json!([]))
+    );
+    let means = |program: &Value, instructions: &str| serde_json::json!({"program": program, "instruction_set": instructions, "device": "cpu"});
+    let instructions = now["instruction_set"].as_str().unwrap();
+    let own = means(&now["program"], instructions);
+
+    // Begun elsewhere, as a file of an earlier version says it.
+    let mut elsewhere = now.clone();
+    elsewhere["instruction_set"] = "others".into();
+    elsewhere["resumed"] =
+        serde_json::json!([{"program": "echograd 0.0", "instruction_set": "older"}]);
+    fs::write(out.join("manifest.json"), elsewhere.to_string()).unwrap();
+    for call in 0..2 {
+        let (_, lines) = told(None, &out, None);
+        let program = now["program"].as_str().unwrap();
+        let expected = format!(
+            "resumed by {program} on cpu with {instructions} instructions, before by echograd 0.0 on cpu with older \
+             instructions: results may differ in their last bits or more"
+        );
+        // Said once, since the next call is by the same.
+        assert_eq!(
+            resumed(&lines),
+            if call == 0 { vec![expected] } else { vec![] }
+        );
+        let found = manifest();
+        assert_eq!(found["instruction_set"], "others");
+        assert_eq!(
+            found["resumed"],
+            serde_json::json!([means(&"echograd 0.0".into(), "older"), own])
+        );
+    }
+    let html = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(html.contains("; resumed by echograd 0.0 on cpu with older instructions; resumed by"));
+}
+
+#[test]
+fn a_study_and_a_search_are_not_moved_to_a_device_that_is_not_there() {
+    if echograd::device::gpu::Gpu::cuda().is_ok() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let source = blobs(&folder.path().join("source"), 0, 12, two_classes);
+    let target = blobs(&folder.path().join("target"), 1, 6, two_classes);
+    let mut plan = plan_of(&source, &[&target], &["segmentation"], &[("epochs", "1")]);
+    let out = folder.path().join("study");
+    run(Some(&plan), &out, false).unwrap();
+    let files = ["study.toml", "manifest.json"].map(|name| out.join(name));
+    let before = files.clone().map(|file| fs::read(file).unwrap());
+    let args = StudyArgs {
+        plan: None,
+        out: &out,
+        resume: true,
+        device: Some(Device::Cuda),
+    };
+    let refused = message(study(&args, &(), &AtomicBool::new(false)));
+    assert!(refused.starts_with("cuda: "), "{refused}");
+    assert!(before == files.map(|file| fs::read(file).unwrap()));
+
+    plan.targets.clear();
+    let out = folder.path().join("search");
+    let args = SearchArgs {
+        plan: Some(&plan),
+        grid: &[],
+        out: &out,
+        resume: false,
+        device: None,
+    };
+    search(&args, &(), &AtomicBool::new(false)).unwrap();
+    let before = fs::read(out.join("search.json")).unwrap();
+    let args = SearchArgs {
+        plan: None,
+        resume: true,
+        device: Some(Device::Cuda),
+        ..args
+    };
+    let refused = message(search(&args, &(), &AtomicBool::new(false)));
+    assert!(refused.starts_with("cuda: "), "{refused}");
+    assert!(before == fs::read(out.join("search.json")).unwrap());
+}
+
+#[test]
+#[cfg(echograd_emulator)]
+fn a_study_and_a_search_go_on_elsewhere_and_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = blobs(&path("source"), 0, 12, two_classes);
+    let target = blobs(&path("target"), 1, 2, two_classes);
+    let small = [("epochs", "1"), ("size", "16"), ("model.widths", "[3, 5]")];
+    let mut plan = plan_of(&source, &[&target], &["segmentation"], &small);
+    let out = path("study");
+    let interrupt = AtomicBool::new(false);
+    let stopper = Stopper {
+        interrupt: &interrupt,
+        epochs: 1,
+        seen: AtomicUsize::new(0),
+        at_test: true,
+    };
+    let args = StudyArgs {
+        plan: Some(&plan),
+        out: &out,
+        resume: false,
+        device: None,
+    };
+    assert!(matches!(
+        study(&args, &stopper, &interrupt),
+        Err(Error::Interrupted)
+    ));
+    let (_, lines) = told(None, &out, Some(Device::Emulator));
+    let said = |lines: &[String], now: &str, before: &str| {
+        let of = lines.iter().filter(|line| line.starts_with("resumed by"));
+        let of: Vec<&String> = of.collect();
+        assert_eq!(of.len(), 1, "{lines:?}");
+        assert!(
+            of[0].contains(&format!("on {now} with"))
+                && of[0].contains(&format!("on {before} with")),
+            "{of:?}"
+        );
+    };
+    said(&lines, "emulator", "cpu");
+    let device = |fold: usize| {
+        let run = out.join(format!(
+            "runs/segmentation/fold-{fold}_seed-0/manifest.json"
+        ));
+        json(&run)["device"].clone()
+    };
+    assert_eq!(device(0), "cpu");
+    assert_ne!(device(1), "cpu", "the second run is trained after the move");
+    // From now on it is there, until it is said otherwise, if only by the command that it began with.
+    let (studied, lines) = told(None, &out, None);
+    assert!(
+        !lines.iter().any(|line| line.starts_with("resumed by")),
+        "{lines:?}"
+    );
+    assert_eq!(studied.plan.methods[0].config.device, Device::Emulator);
+    let (studied, lines) = told(Some(&plan), &out, None);
+    said(&lines, "cpu", "emulator");
+    assert_eq!(studied.plan.methods[0].config.device, Device::Cpu);
+    let devices = json(&out.join("manifest.json"))["resumed"].clone();
+    let devices: Vec<&Value> = devices
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|means| &means["device"])
+        .collect();
+    assert_eq!(devices, ["emulator", "cpu"]);
+
+    plan.targets.clear();
+    let out = path("search");
+    let go = |plan: Option<&Protocol>, resume: bool, device: Option<Device>| {
+        let lines = Lines::default();
+        let (grid, out) = (&[], &*out);
+        let args = SearchArgs {
+            plan,
+            grid,
+            out,
+            resume,
+            device,
+        };
+        search(&args, &lines, &AtomicBool::new(false)).unwrap();
+        let lines = lines.0.into_inner().unwrap();
+        lines
+            .into_iter()
+            .filter(|line| line.starts_with("resumed on"))
+            .collect::<Vec<_>>()
+    };
+    assert!(go(Some(&plan), false, None).is_empty());
+    let what = "results may differ in their last bits or more";
+    assert_eq!(
+        go(None, true, Some(Device::Emulator)),
+        [format!("resumed on emulator, before on cpu: {what}")]
+    );
+    assert!(go(None, true, None).is_empty());
+    assert_eq!(
+        go(Some(&plan), true, None),
+        [format!("resumed on cpu, before on emulator: {what}")]
+    );
+}
+
+#[test]
+fn a_ramp_that_is_longer_than_the_training_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = blobs(&path("source"), 0, 12, two_classes);
+    let target = blobs(&path("target"), 1, 2, |_| "benign");
+    for (start, length, expected) in [
+        (
+            "2",
+            "0",
+            Some("never counts, since loss.ramp_start is 2 and epochs is 2"),
+        ),
+        (
+            "1",
+            "4",
+            Some(
+                "never has its full weight, since loss.ramp_start and loss.ramp_epochs make 5 and epochs is 2",
+            ),
+        ),
+        ("1", "1", None),
+    ] {
+        let ramp = [("loss.ramp_start", start), ("loss.ramp_epochs", length)];
+        let plan = plan_of(&source, &[&target], &["consistency"], &ramp);
+        let (_, lines) = told(Some(&plan), &path(&format!("{start}-{length}")), None);
+        let said: Vec<&String> = lines
+            .iter()
+            .filter(|line| line.starts_with("consistency: the "))
+            .collect();
+        let expected = expected.map(|what| format!("consistency: the consistency term {what}"));
+        assert_eq!(said, expected.iter().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn what_every_run_has_its_own_of_is_no_setting() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("mine.toml");
+    for (key, value, flag) in [
+        ("data", "busi:elsewhere", "--source"),
+        ("arm", "multitask", "--arms"),
+        ("folds", "3", "--folds"),
+        ("fold", "1", "--folds"),
+        ("seed", "7", "--seed"),
+    ] {
+        let text = match value.parse::<u64>() {
+            Ok(number) => format!("{key} = {number}\n"),
+            Err(_) => format!("{key} = {value:?}\n"),
+        };
+        fs::write(&file, text).unwrap();
+        let given = [(key.to_owned(), value.to_owned())];
+        let own = "expected a setting that all runs share, found one that each has its own of; use";
+        let refused = message(Overlay::read(Some(&file), &[]));
+        assert!(
+            refused.contains(&format!("mine.toml: {key}: {own} {flag}")),
+            "{refused}"
+        );
+        let refused = message(Overlay::read(None, &given));
+        assert!(
+            refused.starts_with(&format!("{key}: {own} {flag}")),
+            "{refused}"
+        );
+        // Nor can a search choose it, or anything else that decides what is tested.
+        let mut plan = plan(&["multitask"], &[]);
+        plan.targets.clear();
+        for key in [key, "fold_seed", "drop_duplicates", "device"] {
+            let grid = [(key.to_owned(), vec!["1".to_owned()])];
+            let args = SearchArgs {
+                plan: Some(&plan),
+                grid: &grid,
+                out: &folder.path().join("search"),
+                resume: false,
+                device: None,
+            };
+            let refused = message(search(&args, &(), &AtomicBool::new(false)));
+            assert!(
+                refused.starts_with(&format!("--grid {key}: expected a setting to choose")),
+                "{refused}"
+            );
+        }
+    }
+    assert!(!folder.path().join("search").exists());
+}
+
+#[test]
 fn methods_have_names_of_folders_and_share_what_a_comparison_needs() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("study.toml");
@@ -1094,6 +1416,7 @@ fn methods_have_names_of_folders_and_share_what_a_comparison_needs() {
     }
     for shared in [
         "fold_seed = 3",
+        "device = \"cpu\"",
         "drop_duplicates = true",
         "seed = 1",
         "folds = 3",

@@ -48,7 +48,7 @@ struct Runs {
     /// Images per step [default: 16]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
-    /// Where to compute [default: cpu]
+    /// Where to compute, with --resume from now on [default: cpu]
     #[arg(long)]
     device: Option<Device>,
     /// Leave out all but one of images that are the same bytes
@@ -83,14 +83,6 @@ impl Runs {
             return Ok(None);
         };
         let settings = self.settings();
-        // These are the plan's, and every run has its own.
-        for key in ["data", "arm", "fold", "folds", "seed"] {
-            if self.set.iter().any(|(given, _)| given == key) {
-                let problem = "expected a setting that all runs share, found one that each has its own of; \
-                    see --source, --arms, --folds, --seeds";
-                return Err(Error::argument(key, problem));
-            }
-        }
         let overlay = Overlay::read(self.config.as_deref(), &settings)?;
         let mut methods: Vec<Method> = Vec::new();
         for name in arms {
@@ -125,22 +117,24 @@ impl Runs {
         }))
     }
 
-    /// Whether anything but `--resume` was given.
+    /// Whether nothing but `--resume` was given, or where to go on.
     fn is_bare(&self) -> bool {
         let Self {
             folds, seeds, seed, ..
         } = self;
         let none = folds.is_none() && seeds.is_none() && seed.is_none();
-        none && self.config.is_none() && self.settings().is_empty()
+        let settings = self.settings();
+        let moved = settings.iter().all(|(key, _)| key == "device");
+        none && self.config.is_none() && self.set.is_empty() && moved
     }
 
-    /// Refuses flags without `--source`, unless there are none but `--resume` and `--out`.
+    /// Refuses flags without `--source`, unless there are none but `--resume`, `--out` and `--device`.
     fn whole_or_bare(&self, bare: bool, what: &str) -> Result<()> {
         if self.source.is_some() || bare {
             return Ok(());
         }
         let problem = format!(
-            "expected the command that the {what} began with, or --out alone, found part of it"
+            "expected the command that the {what} began with, or --out alone, perhaps with --device, found part of it"
         );
         Err(Error::argument("--resume", problem))
     }
@@ -151,7 +145,8 @@ impl Runs {
 /// Trains every method on the same folds of the source, with the same seeds and starting weights, chooses epochs on the
 /// held-out parts, and tests on the targets without fine-tuning. Writes DIR/report.html, statistics.json, per_image.csv, normals.csv,
 /// ensembles.csv, manifest.json, figures/ and all runs, of whose checkpoints the best stays. Ctrl-C saves; --resume goes on where
-/// it stopped and repeats nothing that is finished; with further --arms behind the old ones it adds them.
+/// it stopped, with --out alone, with --device elsewhere, or with the same command, and repeats nothing that is finished; with
+/// further --arms behind the old ones it adds them.
 ///
 /// Methods are the arms segmentation, classification, multitask and consistency, and ablations of the last: stop-classifier,
 /// stop-mask, no-confidence, no-sharpening, equal-weights, free-sign, frozen-prior, no-ramp, no-irregularity, no-orientation,
@@ -201,6 +196,7 @@ impl Args {
             plan: plan.as_ref(),
             out: &self.out,
             resume: self.runs.resume,
+            device: self.runs.device,
         };
         let overview = Overview::default();
         let studied = study::study(&args, &overview, super::interrupt()?)?;
@@ -229,7 +225,7 @@ impl Args {
 ///
 /// Tries the values of one key after the other, each with the best so far of the others, by Dice and AUC on the held-out
 /// parts; no target is opened. Writes DIR/trials.csv and DIR/choice.toml, which `study --config` takes. Ctrl-C saves;
-/// --resume goes on, with --out alone or with the same command.
+/// --resume goes on, with --out alone, with --device elsewhere, or with the same command.
 #[derive(clap::Args, Debug)]
 pub struct SearchCommand {
     #[command(flatten)]
@@ -280,6 +276,7 @@ impl SearchCommand {
             grid: &grid,
             out: &self.out,
             resume: self.runs.resume,
+            device: self.runs.device,
         };
         let overview = Overview::default();
         let searched = search::search(&args, &overview, super::interrupt()?)?;

@@ -29,6 +29,7 @@ pub mod search;
 pub mod statistics;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fmt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -41,10 +42,11 @@ use crate::data::{self, Label, Source, hex};
 use crate::device::simd::Level;
 use crate::error::{Error, Result};
 use crate::metrics::{PerImage, read_csv, write_csv};
-use crate::train::config::{Arm, Device};
+use crate::train::config::Device;
 use crate::train::evaluate::{RESULTS, examine, make_folder, write};
 use crate::train::model::{BEST, CONFIG, LAST};
 use crate::train::run::{self, Epoch, METRICS, TrainArgs, VALIDATION, is_finished, train};
+use crate::train::schedule::cut_short;
 use crate::train::{Config, Model, Report, select, stop};
 use ensemble::ENSEMBLES;
 use protocol::{DataSet, Method, Protocol, Run, names};
@@ -72,6 +74,9 @@ pub struct StudyArgs<'a> {
     pub out: &'a Path,
     /// Go on where the study in `out` stopped.
     pub resume: bool,
+    /// With `resume` and without a plan, which says it itself: where to compute from now on; `None` for where it was
+    /// computed before.
+    pub device: Option<Device>,
 }
 
 /// Where a run stands.
@@ -127,21 +132,43 @@ pub struct Missing {
     pub reason: String,
 }
 
-/// What computes: a program, on a processor.
+/// What computes: a program, on a device. Results have the same bits where all of it is equal, and a GPU's model too.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Means {
     /// Program and version.
     pub program: String,
-    /// Instruction set of the kernels: results have the same bits where this is equal.
+    /// Instruction set of the kernels.
     pub instruction_set: String,
+    /// Where it computes; the processor where files of earlier versions do not say it.
+    #[serde(default = "processor")]
+    pub device: Device,
+}
+
+fn processor() -> Device {
+    Device::Cpu
 }
 
 impl Means {
-    fn current() -> Self {
+    fn current(device: Device) -> Self {
         Self {
             program: format!("echograd {}", env!("CARGO_PKG_VERSION")),
             instruction_set: Level::current().name().into(),
+            device,
         }
+    }
+}
+
+impl fmt::Display for Means {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            program,
+            instruction_set,
+            device,
+        } = self;
+        write!(
+            f,
+            "{program} on {device} with {instruction_set} instructions"
+        )
     }
 }
 
@@ -154,8 +181,6 @@ pub struct Manifest {
     /// What it went on with, each time that this was something else than before.
     #[serde(default)]
     pub resumed: Vec<Means>,
-    /// Where it computes.
-    pub device: Device,
     /// The source first, then the targets.
     pub data: Vec<DataSet>,
     /// SHA-256 of the files that runs start from, by their paths.
@@ -175,8 +200,7 @@ impl Manifest {
         let last = self.resumed.last().unwrap_or(&self.begun);
         if *last != now {
             watch.line(&format!(
-                "resumed by {} with {} instructions, before by {} with {}: results may differ in their last bits or more",
-                now.program, now.instruction_set, last.program, last.instruction_set
+                "resumed by {now}, before by {last}: results may differ in their last bits or more"
             ));
             self.resumed.push(now);
         }
@@ -219,6 +243,9 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
         false => None,
     };
     let plan = plan(args, before.as_ref())?;
+    // What the device lacks should show before anything is read or written.
+    let device = plan.methods[0].config.device;
+    plan.methods[0].config.backend(device)?;
     let sets = open(&plan, before.as_ref(), watch, interrupt)?;
     for set in &sets {
         fits(set, &plan.methods)?;
@@ -229,9 +256,8 @@ pub fn study(args: &StudyArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) ->
     let folds = folds(&plan, &sets[0])?;
     make_folder(args.out)?;
     let mut manifest = Manifest {
-        begun: Means::current(),
+        begun: Means::current(device),
         resumed: Vec::new(),
-        device: plan.methods[0].config.device,
         data: sets.iter().map(|set| set.description.clone()).collect(),
         init,
         not_computed: Vec::new(),
@@ -337,6 +363,9 @@ fn plan(args: &StudyArgs<'_>, before: Option<&Manifest>) -> Result<Protocol> {
     }
     let mut own = Protocol::read(&path)?;
     let Some(asked) = args.plan else {
+        if let Some(device) = args.device {
+            own.move_to(device);
+        }
         return Ok(own);
     };
     // Methods may be added behind those that there are.
@@ -351,6 +380,11 @@ fn plan(args: &StudyArgs<'_>, before: Option<&Manifest>) -> Result<Protocol> {
     }
     match own.difference(&known) {
         None => {
+            // Of what is no difference, the latest word counts.
+            for (own, known) in own.methods.iter_mut().zip(known.methods) {
+                own.config.workers = known.config.workers;
+                own.config.device = known.config.device;
+            }
             own.methods.extend(more);
             Ok(own)
         }
@@ -586,13 +620,10 @@ fn unfit(config: &Config, source: &Opened, fold: &Fold) -> Option<String> {
     None
 }
 
-/// Says so if the consistency term of a method never counts.
+/// Says before hours of training which method's ramp is longer than they are.
 fn watch_ramp(name: &str, config: &Config, watch: &dyn Watch) {
-    let (start, epochs) = (config.loss.ramp_start, config.epochs);
-    if config.arm == Arm::Consistency && start >= epochs as f64 {
-        watch.line(&format!(
-            "{name}: its consistency term never counts, since loss.ramp_start is {start} and epochs is {epochs}"
-        ));
+    if let Some(problem) = cut_short(config) {
+        watch.line(&format!("{name}: {problem}"));
     }
 }
 

@@ -8,7 +8,7 @@ use super::statistics::{
     ArmStatistics, AucComparison, Comparison, DataSetStatistics, Effect, Empty, EnsembleStatistics,
     Estimate, Flags, Measured, Spread, Statistics, Unit, averaged,
 };
-use super::{Histories, Manifest, Means, Opened, PAGE};
+use super::{Histories, Manifest, Opened, PAGE};
 use crate::data::image::{png_rgb_bytes, write_atomically};
 use crate::data::letterbox::quantise;
 use crate::data::{self, Label};
@@ -869,7 +869,7 @@ impl Material<'_> {
                 arm: method.name.clone(),
                 ..run.clone()
             };
-            let model = Model::open(&own.folder(out), self.manifest.device, 1)?;
+            let model = Model::open(&own.folder(out), method.config.device, 1)?;
             models.push((colour, method, model));
         }
         let mut shown = Vec::new();
@@ -1006,16 +1006,12 @@ impl Material<'_> {
             .collect();
         page.paragraph("What each method has otherwise than its preset; study.toml has the whole configuration.")
             .list(&methods);
-        let by = |m: &Means| format!("{}, {} instructions", m.program, m.instruction_set);
-        let later = self.manifest.resumed.iter().map(by);
-        page.paragraph(&format!(
-            "Device {}. {}.",
-            toml_name(&self.manifest.device),
-            std::iter::once(by(&self.manifest.begun))
-                .chain(later)
-                .collect::<Vec<_>>()
-                .join("; resumed by ")
-        ));
+        let resumed = self.manifest.resumed.iter();
+        let by: Vec<String> = std::iter::once(&self.manifest.begun)
+            .chain(resumed)
+            .map(ToString::to_string)
+            .collect();
+        page.paragraph(&format!("By {}.", by.join("; resumed by ")));
     }
 }
 

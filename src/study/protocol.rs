@@ -11,7 +11,7 @@ use toml::{Table, Value};
 use crate::data::{self, Label, Source, hex};
 use crate::error::{Error, Result};
 use crate::train::Config;
-use crate::train::config::{Arm, settings};
+use crate::train::config::{Arm, Device, settings};
 
 /// One method of a study: an arm of the paper, perhaps with something changed.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -138,9 +138,19 @@ pub struct Search {
     pub trials: BTreeMap<String, usize>,
 }
 
+/// What every run of a study or a search has its own of: keys of its configuration, with the flags that say what.
+pub(super) const OWN: [(&str, &str); 5] = [
+    ("data", "--source"),
+    ("arm", "--arms"),
+    ("folds", "--folds"),
+    ("fold", "--folds, of which each is held out once"),
+    ("seed", "--seed and --seeds"),
+];
+
 /// What all methods of a study share, or comparing them would compare that.
-const SHARED: [&str; 6] = [
+pub(super) const SHARED: [&str; 7] = [
     "data",
+    "device",
     "drop_duplicates",
     "fold",
     "fold_seed",
@@ -152,8 +162,8 @@ impl Overlay {
     /// Reads `file`, if any, and overlays it by the settings `given`, which hold for every method.
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be read, is no TOML, or `methods` in it are no tables or set what all methods
-    /// share.
+    /// [`Error::File`] if the file cannot be read, is no TOML, sets what every run has its own of, or `methods` in it are
+    /// no tables or set what all methods share; [`Error::Argument`] if a setting given is one that every run has its own of.
     pub fn read(file: Option<&Path>, given: &[(String, String)]) -> Result<Self> {
         let mut overlay = Self::default();
         if let Some(path) = file {
@@ -169,6 +179,9 @@ impl Overlay {
                 overlay.search = Some(search.map_err(|e| Error::caused(path, problem, e))?);
             }
             overlay.all = settings(table);
+            if let Some((key, problem)) = own(&overlay.all) {
+                return Err(Error::file(path, format!("{key}: {problem}")));
+            }
             let expected = "methods: expected a table for each method, [methods.NAME]";
             if let Some(methods) = methods {
                 let Value::Table(methods) = methods else {
@@ -187,6 +200,9 @@ impl Overlay {
                     overlay.methods.insert(name, settings(table));
                 }
             }
+        }
+        if let Some((key, problem)) = own(given) {
+            return Err(Error::argument(key, problem));
         }
         overlay.all.extend_from_slice(given);
         Ok(overlay)
@@ -248,6 +264,16 @@ impl Overlay {
             config: Config::load(None, &settings)?,
         })
     }
+}
+
+/// The first of these settings that every run has its own of, and what to do instead.
+fn own(settings: &[(String, String)]) -> Option<(&'static str, String)> {
+    let given = |key: &str| settings.iter().any(|(given, _)| given == key);
+    let (key, flag) = OWN.into_iter().find(|(key, _)| given(key))?;
+    let problem = format!(
+        "expected a setting that all runs share, found one that each has its own of; use {flag}"
+    );
+    Some((key, problem))
 }
 
 /// A study's plan, `study.toml`.
@@ -325,6 +351,13 @@ impl Protocol {
             fold: run.fold,
             seed: run.seed,
             ..self.method(run).config.clone()
+        }
+    }
+
+    /// Has everything computed on `device` from now on.
+    pub(super) fn move_to(&mut self, device: Device) {
+        for method in &mut self.methods {
+            method.config.device = device;
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::protocol::{ABLATIONS, ARMS, DataSet, Method, Protocol, Run, Search};
+use super::protocol::{ABLATIONS, ARMS, DataSet, Method, OWN, Protocol, Run, SHARED, Search};
 use super::{
     State, Watch, claim, fits, folds, open, read_json, sweep, trained, unfit, untouched,
     watch_ramp, write_json,
@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::metrics::classification::Auc;
 use crate::metrics::statistics::mean;
 use crate::metrics::{PerImage, read_csv, write_csv};
-use crate::train::config::Arm;
+use crate::train::config::{Arm, Device};
 use crate::train::evaluate::make_folder;
 use crate::train::run::VALIDATION;
 use crate::train::{Config, stop};
@@ -56,6 +56,8 @@ pub struct SearchArgs<'a> {
     pub out: &'a Path,
     /// Go on where the search in `out` stopped.
     pub resume: bool,
+    /// As [`super::StudyArgs::device`].
+    pub device: Option<Device>,
 }
 
 /// A row of `trials.csv`.
@@ -210,9 +212,16 @@ struct Plan {
 fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Result<Plan> {
     let path = args.out.join(PLAN);
     let asked = args.plan.map(|plan| (plan.clone(), args.grid.to_vec()));
+    let last;
     let (plan, grid, before) = if args.resume {
         let before: Plan = read_json(&path, "expected the folder of a search to resume")?;
-        let (asked, grid) = asked.unwrap_or_else(|| (before.plan.clone(), before.grid.clone()));
+        let (asked, grid) = asked.unwrap_or_else(|| {
+            let mut own = before.plan.clone();
+            if let Some(device) = args.device {
+                own.move_to(device);
+            }
+            (own, before.grid.clone())
+        });
         let mut own = before.plan;
         // The source may have moved: its hashes are below.
         if before.data.is_some() {
@@ -230,14 +239,23 @@ fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Re
             );
             return Err(Error::argument("--grid", problem));
         }
+        last = own.methods[0].config.device;
         (asked, grid, before.data)
     } else {
         claim(args.out, PLAN, "a search")?;
         let (plan, grid) = asked.ok_or_else(|| {
             Error::argument("--source", "expected a source to search on, found none")
         })?;
+        last = plan.methods[0].config.device;
         (plan, grid, None)
     };
+    let config = &plan.methods[0].config;
+    config.backend(config.device)?;
+    let apart = |key: &str| SHARED.contains(&key) || OWN.iter().any(|(own, _)| *own == key);
+    if let Some((key, _)) = grid.iter().find(|(key, _)| apart(key)) {
+        let problem = "expected a setting to choose, found one that says what all trials are tested on or where";
+        return Err(Error::argument(format!("--grid {key}"), problem));
+    }
     // Every key and value is checked before the first trial, those too that one method has no use for.
     for method in &plan.methods {
         for (key, values) in &grid {
@@ -270,6 +288,12 @@ fn begin(args: &SearchArgs<'_>, watch: &dyn Watch, interrupt: &AtomicBool) -> Re
             plan.source
         )),
         _ => {}
+    }
+    if config.device != last {
+        watch.line(&format!(
+            "resumed on {}, before on {last}: results may differ in their last bits or more",
+            config.device
+        ));
     }
     make_folder(args.out)?;
     if args.resume {

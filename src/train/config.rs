@@ -4,6 +4,7 @@
 //! written into the run's folder in full, so that a run can be read and repeated without knowing
 //! the defaults of the day.
 
+use std::fmt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,16 @@ pub enum Device {
     /// The GPU's kernels, run by an emulator on the processor, for tests: in builds with the feature
     /// `emulator`.
     Emulator,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+            Self::Emulator => "emulator",
+        })
+    }
 }
 
 impl Device {

@@ -224,6 +224,9 @@ pub fn train(args: &TrainArgs<'_>, report: &dyn Report, interrupt: &AtomicBool) 
     let backend = config.backend(config.device)?;
     // What the device lacks should show before anything is read.
     let step = Step::new(&config, config.arm.segments(), &backend)?;
+    if let Some(problem) = schedule::cut_short(&config) {
+        report.line(&problem);
+    }
     let data = Data::open(&config, report, interrupt)?;
     let mut run = Run::new(args.out, config, data, step, &backend, report)?;
     if args.resume {

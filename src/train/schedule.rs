@@ -1,7 +1,7 @@
 //! What changes from step to step: learning rate, ramp of the consistency term, decay of the average.
 //! All are functions of the step's number alone, so a resumed run needs no memory of them.
 
-use super::config::{Config, Schedule};
+use super::config::{Arm, Config, Schedule};
 use crate::ops::control;
 
 /// The control vector of training step `step`, counted from 1, of a run with `per_epoch` steps an
@@ -45,6 +45,26 @@ pub fn ramp(config: &Config, step: u64, per_epoch: u64) -> f64 {
     }
 }
 
+/// Why the consistency term never counts, or never in full: its ramp is longer than the training. `None` if it is not, or
+/// if the arm has no such term.
+pub fn cut_short(config: &Config) -> Option<String> {
+    let (loss, epochs) = (&config.loss, config.epochs);
+    let end = loss.ramp_start + loss.ramp_epochs;
+    if config.arm != Arm::Consistency || end <= epochs as f64 && loss.ramp_start < epochs as f64 {
+        return None;
+    }
+    Some(match loss.ramp_start >= epochs as f64 {
+        true => format!(
+            "the consistency term never counts, since loss.ramp_start is {} and epochs is {epochs}",
+            loss.ramp_start
+        ),
+        false => format!(
+            "the consistency term never has its full weight, since loss.ramp_start and loss.ramp_epochs make {end} and \
+             epochs is {epochs}"
+        ),
+    })
+}
+
 /// The average forgets its random start: the decay rises to `decay` as `(1 + step)/(10 + step)`.
 pub fn ema_decay(decay: f64, step: u64) -> f64 {
     let step = step as f64;
@@ -55,6 +75,31 @@ pub fn ema_decay(decay: f64, step: u64) -> f64 {
 mod tests {
     use super::*;
     use crate::train::config::Preset;
+
+    #[test]
+    fn a_ramp_is_cut_short_where_it_ends_behind_the_last_epoch() {
+        let of = |start: f64, length: f64, arm: Arm| {
+            let mut config = Config::preset(Preset::Tiny);
+            (config.arm, config.epochs) = (arm, 10);
+            (config.loss.ramp_start, config.loss.ramp_epochs) = (start, length);
+            cut_short(&config)
+        };
+        assert_eq!(of(4.0, 6.0, Arm::Consistency), None);
+        assert_eq!(of(9.0, 0.0, Arm::Consistency), None);
+        assert_eq!(of(20.0, 20.0, Arm::Multitask), None);
+        let part = of(4.0, 6.5, Arm::Consistency).unwrap();
+        assert!(
+            part.contains("never has its full weight") && part.contains("10.5"),
+            "{part}"
+        );
+        for length in [0.0, 5.0] {
+            let none = of(10.0, length, Arm::Consistency).unwrap();
+            assert!(
+                none.contains("never counts, since loss.ramp_start is 10"),
+                "{none}"
+            );
+        }
+    }
 
     #[test]
     fn the_rate_rises_to_its_peak_and_falls_to_its_end() {
