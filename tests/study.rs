@@ -293,6 +293,14 @@ fn a_study_leaves_what_it_promises() {
         "data:image/png",
         "Weights of φ",
         "ROC on busi-B",
+        "4 methods trained on busi-A (",
+        "Every method saw the same folds, starting weights and steps",
+        "the held-out part of each fold chose the epoch, and if settings were chosen",
+        "<li>Dice, consistency − multitask: ",
+        "<li>AUC, consistency − multitask: ",
+        "<li>Dice, multitask − segmentation: ",
+        "<li>AUC, multitask − classification: ",
+        "<li>busi-B is the only target: ",
     ] {
         assert!(html.contains(part), "{part}");
     }

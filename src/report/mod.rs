@@ -25,8 +25,8 @@ ul { padding-left: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 .caption { color: var(--soft); margin: 1rem 0 .2rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; }
+th { vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 8rem; position: sticky; left: 0; background: var(--paper); }
 figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 44rem; }
@@ -39,6 +39,9 @@ code { font-size: .9em; }
 @media (max-width: 30rem) { body { padding: 1rem; } th, td { padding-right: .6rem; font-size: .9rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } table { font-size: 7.5pt; } th, td { padding-right: .5rem; } .plots { grid-template-columns: repeat(2, 1fr); } .gallery { grid-template-columns: repeat(3, 1fr); } .scroll { overflow: visible; } figure, .scroll, tr { break-inside: avoid; } h2, h2 + p, .caption { break-after: avoid; } }
 ";
+
+/// Letters of a table's heading that take no more room than numbers do.
+const NARROW: usize = 8;
 
 /// A page in the making; [`Page::finish`] gives the HTML.
 #[derive(Clone, Debug)]
@@ -75,7 +78,7 @@ impl Page {
                 .collect();
             format!("<tr>{cells}</tr>")
         };
-        let head = row(head.iter().map(|c| escape(c)).collect(), "th");
+        let head = row(head.iter().map(|c| in_two_lines(c)).collect(), "th");
         let rows: Vec<String> = rows
             .iter()
             .map(|r| row(r.iter().map(|c| escape(c)).collect(), "td"))
@@ -144,6 +147,22 @@ impl Page {
         self.body.push('\n');
         self
     }
+}
+
+/// A heading of a table as HTML, broken once where that makes it narrowest: its column is as wide as its numbers then, and
+/// no narrower.
+fn in_two_lines(text: &str) -> String {
+    let width = |text: &str| text.chars().count();
+    if width(text) <= NARROW {
+        return escape(text);
+    }
+    let breaks = text.match_indices(' ');
+    let halves = breaks.map(|(at, space)| (&text[..at], &text[at + space.len()..]));
+    let narrowest = halves.min_by_key(|(first, second)| width(first).max(width(second)));
+    narrowest.map_or_else(
+        || escape(text),
+        |(first, second)| format!("{}<br>{}", escape(first), escape(second)),
+    )
 }
 
 /// A named line of a plot: points (x, y); non-finite ones are left out.
@@ -221,10 +240,17 @@ mod tests {
             &["x", "y"],
             &[vec!["<i>".into(), "1".into()]],
         );
+        page.table(
+            "t",
+            &["Dice of runs", "|p − φ| less a & b", "HD95 px", "ambiguity"],
+            &[vec!["1".into(); 4]],
+        );
         page.gallery(&[(vec![1, 2, 3], "caption".into())]);
         let html = page.finish();
         assert!(html.contains("<title>a &lt; b &amp; c</title>"));
         assert!(html.contains("<td>&lt;i&gt;</td>"));
+        let head = "<th>Dice<br>of runs</th><th>|p − φ|<br>less a &amp; b</th><th>HD95 px</th><th>ambiguity</th>";
+        assert!(html.contains(head), "{html}");
         assert!(html.contains("data:image/png;base64,AQID"));
         assert!(
             !html.contains("http"),

@@ -27,6 +27,7 @@ pub mod page;
 pub mod protocol;
 pub mod search;
 pub mod statistics;
+mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;

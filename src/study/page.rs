@@ -8,7 +8,7 @@ use super::statistics::{
     ArmStatistics, AucComparison, Comparison, DataSetStatistics, Effect, Empty, EnsembleStatistics,
     Estimate, Flags, Measured, Spread, Statistics, Unit, averaged,
 };
-use super::{Histories, Manifest, Opened, PAGE};
+use super::{Histories, Manifest, Opened, PAGE, verdict};
 use crate::data::image::{png_rgb_bytes, write_atomically};
 use crate::data::letterbox::quantise;
 use crate::data::{self, Label};
@@ -218,7 +218,13 @@ impl Material<'_> {
             plan.methods[0].config.size,
             count(plan.methods[0].config.epochs as usize, "epoch"),
         ));
-        page.paragraph(
+        let found = verdict::sentences(self.statistics);
+        if !found.is_empty() {
+            page.section("In short")
+                .paragraph(verdict::RULE)
+                .list(&found);
+        }
+        page.section("How to read it").paragraph(
             "An image's figures are averaged over the runs tested on it before anything is summarised or compared: \
              every run on a target, the runs that held the image out on the source. An ensemble is all networks of a method, \
              their masks and probabilities averaged before the threshold, on targets only; its probabilities are those \
@@ -464,8 +470,7 @@ impl Material<'_> {
                 let dice = |part: &&str| summary(arm.strata.get(part));
                 let cells = parts.iter().map(dice);
                 rows.push(
-                    [set.dataset.clone(), method.name.clone()]
-                        .into_iter()
+                    std::iter::once(on(set, &method.name))
                         .chain(cells)
                         .collect(),
                 );
@@ -475,8 +480,7 @@ impl Material<'_> {
             page.section("Where does it work?").table(
                 "Dice by diagnosis, and by thirds of the lesion's share of the image.",
                 &[
-                    "data set",
-                    "method",
+                    "data set: method",
                     "benign",
                     "malignant",
                     "small",
@@ -503,8 +507,7 @@ impl Material<'_> {
                 };
                 let row = |flags: &Flags| {
                     vec![
-                        set.dataset.clone(),
-                        name.clone(),
+                        on(set, &name),
                         format!("{} of {}", flags.wrong, flags.n),
                         flags.without_shape.to_string(),
                         auc(flags.disagreement_with_prior),
@@ -522,8 +525,7 @@ impl Material<'_> {
             return;
         }
         let head = [
-            "data set",
-            "method",
+            "data set: method",
             "wrong",
             "no φ",
             "|p − φ|",
@@ -1015,6 +1017,11 @@ impl Material<'_> {
     }
 }
 
+/// A method on a data set, as one name: of a table that is scrolled the first column stays.
+fn on(set: &DataSetStatistics, method: &str) -> String {
+    format!("{}: {method}", set.dataset)
+}
+
 /// The name of a method's ensemble.
 fn together(method: &str) -> String {
     format!("{method}, ensemble")
@@ -1241,5 +1248,77 @@ fn chosen(search: Option<&Search>, source: &str) -> String {
             "{epoch}; a search on other images, {}, chose settings before (trials: {trials})",
             search.source
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::study::protocol::Overlay;
+
+    fn method(name: &str, settings: &[(&str, &str)]) -> Method {
+        let mut method = Overlay::default().method(name).unwrap();
+        let settings = settings.iter().map(|(k, v)| (k.to_string(), v.to_string()));
+        method.config = method.config.with(&settings.collect::<Vec<_>>()).unwrap();
+        method
+    }
+
+    #[test]
+    fn what_methods_have_in_common_is_said_as_it_is() {
+        let never = [("early_stopping.patience", "0")];
+        let one = method("multitask", &never);
+        let same = [one.clone(), method("consistency", &never)];
+        assert_eq!(
+            alike(&same),
+            "Every method saw the same folds, starting weights and steps"
+        );
+        let early = [
+            one.clone(),
+            method("consistency", &[("early_stopping.patience", "3")]),
+        ];
+        assert_eq!(
+            alike(&early),
+            "Every method saw the same folds, starting weights and steps, each up to where early stopping ended it"
+        );
+        let longer = [
+            ("early_stopping.patience", "0"),
+            ("epochs", "60"),
+            ("init", "x"),
+        ];
+        assert_eq!(
+            alike(&[one, method("consistency", &longer)]),
+            "Every method saw the same folds, but they differ in init (multitask none, consistency x), epochs (multitask \
+             50, consistency 60), and steps or starting weights with them"
+        );
+    }
+
+    #[test]
+    fn what_chose_the_settings_is_said_as_far_as_it_is_known() {
+        let search = Search {
+            source: "busi:a".to_owned(),
+            sha256: "12".to_owned(),
+            trials: BTreeMap::from([("consistency".to_owned(), 14), ("multitask".to_owned(), 3)]),
+        };
+        let epoch = "the held-out part of each fold chose the epoch";
+        for (search, source, expected) in [
+            (
+                None,
+                "12",
+                ", and if settings were chosen by trials on the same images, figures on the source are optimistic",
+            ),
+            (
+                Some(&search),
+                "12",
+                ", and a search on the same images chose settings before (trials: consistency 14, multitask 3), so figures \
+                 on the source are optimistic",
+            ),
+            (
+                Some(&search),
+                "34",
+                "; a search on other images, busi:a, chose settings before (trials: consistency 14, multitask 3)",
+            ),
+        ] {
+            assert_eq!(chosen(search, source), format!("{epoch}{expected}"));
+        }
     }
 }
