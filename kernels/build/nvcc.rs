@@ -89,8 +89,10 @@ fn fatbins(nvcc: &Nvcc, sources: &[PathBuf], out: &Path) -> Result<Compiled, Str
                 .expect("a .cu file"),
         );
         let mut command = Command::new(&nvcc.path);
+        // Machine code is compressed only if asked: to a quarter.
         command
-            .args(["-std=c++17", "-O3", "-lineinfo", "-fatbin", "-o"])
+            .args(["-std=c++17", "-O3", "-lineinfo", "-fatbin"])
+            .args(["-Xfatbin", "-compress-all", "-o"])
             .arg(&fatbin)
             .arg(source);
         for arch in &architectures {
